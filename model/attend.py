@@ -1,0 +1,151 @@
+"""Softmax with sink over a token's window and its visible compressed entries (R eq. 27), in query chunks.
+
+Keys and values are the same vectors, shared by all heads. Nothing of size T x T or T x S outlives its chunk: the
+backward pass, written by hand, computes the probabilities of each chunk again. So memory grows linearly with T.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.autograd.function import FunctionCtx
+
+from model.layers import at_least_fp32
+from model.visibility import Blocks, Layout
+
+CHUNK = 256
+"""Queries per chunk. Larger ones waste window keys outside the band, smaller ones cost more launches."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Chunk:
+    """The queries first..last of a row, and what they may see: window tokens from `window_first`, entries 0..entries.
+
+    selected_BTZ: slots to which a query is restricted, -1 for an unused pick; None for all visible ones.
+    Masks are made when asked for, never kept.
+    """
+
+    first: int
+    last: int
+    window_first: int
+    entries: int
+    layout: Layout
+    blocks: Blocks | None
+    selected_BTZ: Tensor | None
+
+    @property
+    def rows(self) -> slice:
+        return slice(self.first, self.last)
+
+    def visible_window(self) -> Tensor:
+        """True where query Q sees window token W, [B, Q, W]."""
+        key_W = torch.arange(self.window_first, self.last, device=self.layout.position_BT.device)
+        query_Q1 = torch.arange(self.first, self.last, device=key_W.device).unsqueeze(-1)
+        return (key_W >= self.layout.window_low_BT[:, self.rows].unsqueeze(-1)) & (key_W <= query_Q1)
+
+    def visible_entries(self) -> Tensor:
+        """True where query Q sees compressed slot S, [B, Q, entries]."""
+        assert self.blocks is not None
+        slot_S = torch.arange(self.entries, device=self.layout.position_BT.device)
+        low_BQ1 = self.blocks.low_BT[:, self.rows].unsqueeze(-1)
+        high_BQ1 = self.blocks.high_BT[:, self.rows].unsqueeze(-1)
+        visible_BQS = (slot_S >= low_BQ1) & (slot_S < high_BQ1)
+        if self.selected_BTZ is None:
+            return visible_BQS
+        slot_BQZ = self.selected_BTZ[:, self.rows]
+        chosen = torch.zeros(*visible_BQS.shape[:2], self.entries + 1, dtype=torch.bool, device=slot_S.device)
+        chosen = chosen.scatter(2, slot_BQZ.masked_fill(slot_BQZ < 0, self.entries), True)
+        return visible_BQS & chosen[..., : self.entries]
+
+
+def chunks(layout: Layout, window: int, ratio: int, selected_BTZ: Tensor | None = None) -> tuple[Chunk, ...]:
+    """The chunks of a row in order. A query can only see the slots complete by the end of its chunk: last // ratio."""
+    T = layout.position_BT.shape[1]
+    blocks = layout.blocks[ratio] if ratio else None
+    return tuple(
+        Chunk(
+            first=first,
+            last=min(first + CHUNK, T),
+            window_first=max(0, first - window + 1),
+            entries=min(first + CHUNK, T) // ratio if ratio else 0,
+            layout=layout,
+            blocks=blocks,
+            selected_BTZ=selected_BTZ,
+        )
+        for first in range(0, T, CHUNK)
+    )
+
+
+class _Attend(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: FunctionCtx,
+        q_BTHC: Tensor,
+        kv_BTC: Tensor,
+        entry_BSC: Tensor,
+        sink_H: Tensor,
+        parts: tuple[Chunk, ...],
+    ) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(q_BTHC, kv_BTC, entry_BSC, sink_H)
+        ctx.parts = parts
+        out, lse = [], []
+        for chunk in parts:
+            q_BQHC, key_BKC, score_BQHK = _scores(q_BTHC, kv_BTC, entry_BSC, chunk)
+            lse_BQH = torch.logaddexp(torch.logsumexp(score_BQHK, -1), at_least_fp32(sink_H))
+            p_BQHK = torch.exp(score_BQHK - lse_BQH.unsqueeze(-1))
+            out.append((p_BQHK.flatten(1, 2) @ key_BKC).view_as(q_BQHC).to(q_BTHC.dtype))
+            lse.append(lse_BQH)
+        lse_BTH = torch.cat(lse, dim=1)
+        ctx.mark_non_differentiable(lse_BTH)
+        return torch.cat(out, dim=1), lse_BTH
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, grad_BTHC: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        q_BTHC, kv_BTC, entry_BSC, sink_H = ctx.saved_tensors
+        grad_q = torch.empty_like(q_BTHC)
+        grad_kv = torch.zeros_like(at_least_fp32(kv_BTC))
+        grad_entry = torch.zeros_like(at_least_fp32(entry_BSC))
+        grad_sink = torch.zeros_like(sink_H)
+        scale = q_BTHC.shape[-1] ** -0.5
+        for chunk in ctx.parts:
+            q_BQHC, key_BKC, score_BQHK = _scores(q_BTHC, kv_BTC, entry_BSC, chunk)
+            lse_BQH = torch.logaddexp(torch.logsumexp(score_BQHK, -1), at_least_fp32(sink_H))
+            p = torch.exp(score_BQHK - lse_BQH.unsqueeze(-1)).flatten(1, 2)
+            grad_out = at_least_fp32(grad_BTHC[:, chunk.rows]).flatten(1, 2)
+            grad_p = grad_out @ key_BKC.transpose(1, 2)
+            mean = (p * grad_p).sum(-1, keepdim=True)
+            grad_score = p * (grad_p - mean) * scale
+            grad_q[:, chunk.rows] = (grad_score @ key_BKC).view_as(q_BQHC)
+            grad_key = grad_score.transpose(1, 2) @ q_BQHC.flatten(1, 2) + p.transpose(1, 2) @ grad_out
+            window = chunk.last - chunk.window_first
+            grad_kv[:, chunk.window_first : chunk.last] += grad_key[:, :window]
+            grad_entry[:, : chunk.entries] += grad_key[:, window:]
+            sink_p_BQH = torch.exp(at_least_fp32(sink_H) - lse_BQH)
+            grad_sink -= (sink_p_BQH * mean.view_as(lse_BQH)).sum((0, 1))
+        return grad_q, grad_kv.to(kv_BTC.dtype), grad_entry.to(entry_BSC.dtype), grad_sink, None
+
+
+def _scores(q_BTHC: Tensor, kv_BTC: Tensor, entry_BSC: Tensor, chunk: Chunk) -> tuple[Tensor, Tensor, Tensor]:
+    """The chunk's queries, its keys (window, then entries) and their masked scaled products, in at least fp32."""
+    q_BQHC = at_least_fp32(q_BTHC[:, chunk.rows])
+    key_BKC = torch.cat((kv_BTC[:, chunk.window_first : chunk.last], entry_BSC[:, : chunk.entries]), dim=1)
+    key_BKC = at_least_fp32(key_BKC)
+    score = q_BQHC.flatten(1, 2) @ key_BKC.transpose(1, 2) * q_BTHC.shape[-1] ** -0.5
+    visible = chunk.visible_window()
+    if chunk.entries:
+        visible = torch.cat((visible, chunk.visible_entries()), dim=-1)
+    score_BQHK = score.unflatten(1, q_BQHC.shape[1:3]).masked_fill(~visible.unsqueeze(2), -torch.inf)
+    return q_BQHC, key_BKC, score_BQHK
+
+
+def attend(
+    q_BTHC: Tensor, kv_BTC: Tensor, entry_BSC: Tensor | None, sink_H: Tensor, parts: tuple[Chunk, ...]
+) -> tuple[Tensor, Tensor]:
+    """o_h = sum_j exp(z_hj) k_j / (sum_j exp(z_hj) + exp(sink_h)), z_hj = q_h . k_j / sqrt(C).
+
+    Source: R eq. 27 (spec 3.1). j runs over the visible window tokens kv_BTC and compressed entries entry_BSC.
+    Returns o_BTHC in q's type and, without gradient, the log of the denominator lse_BTH in at least fp32.
+    """
+    if entry_BSC is None:
+        entry_BSC = kv_BTC[:, :0]
+    return _Attend.apply(q_BTHC, kv_BTC, entry_BSC, sink_H, parts)

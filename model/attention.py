@@ -1,0 +1,110 @@
+"""Attention of one layer: window only, CSA (overlapping compressor and indexer) or HCA (R 2.3; spec 3)."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from model import indexer
+from model.attend import attend, chunks
+from model.compressor import Compressor
+from model.config import CSA_RATIO, AttentionMode, ModelConfig
+from model.indexer import Index, Indexer, Target
+from model.layers import Linear, RMSNorm, island_dtype, rms_normalize
+from model.rope import Rotation, rotate
+from model.visibility import Layout
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class IndexerStatistics:
+    """Of one CSA layer: the KL sum (with gradient, to the indexer only) and, if measured, recall (hits, picks)."""
+
+    kl_sum: Tensor
+    recall: Tensor | None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Place:
+    """Where the tokens of a batch are: the layout, and by rate (0: window only) the rotations of tokens and blocks."""
+
+    layout: Layout
+    token_turn: dict[int, Rotation]
+    block_turn: dict[int, Rotation]
+    mode: AttentionMode
+    measure_recall: bool = False
+
+
+class Attention(nn.Module):
+    """wq_a, q_norm, wq_b, wkv, kv_norm, attn_sink, wo_a (G groups), wo_b; compressor and indexer by `ratio`."""
+
+    def __init__(self, config: ModelConfig, ratio: int, dtype: torch.dtype) -> None:
+        super().__init__()
+        D, H, C, Q = config.hidden_size, config.num_attention_heads, config.head_dim, config.q_lora_rank
+        self.config, self.ratio = config, ratio
+        self.wq_a = Linear(D, Q, dtype)
+        self.q_norm = RMSNorm(Q, config.rms_norm_eps, dtype)
+        self.wq_b = Linear(Q, H * C, dtype)
+        self.wkv = Linear(D, C, dtype)
+        self.kv_norm = RMSNorm(C, config.rms_norm_eps, dtype)
+        self.attn_sink = nn.Parameter(torch.empty(H, dtype=island_dtype(dtype)))
+        self.wo_a = GroupedLinear(config.o_groups, H * C // config.o_groups, config.o_lora_rank, dtype)
+        self.wo_b = Linear(config.o_groups * config.o_lora_rank, D, dtype)
+        self.compressor = self.indexer = None
+        if ratio:
+            overlap = ratio == CSA_RATIO
+            self.compressor = Compressor(D, C, ratio, overlap=overlap, eps=config.rms_norm_eps, dtype=dtype)
+        if ratio == CSA_RATIO:
+            self.indexer = Indexer(config, dtype)
+
+    def forward(self, h_BTD: Tensor, place: Place) -> tuple[Tensor, IndexerStatistics | None]:
+        turn_T = place.token_turn[self.ratio]
+        qr_BTQ = self.q_norm(self.wq_a(h_BTD))
+        q_BTHC = self._queries(qr_BTQ, turn_T)
+        kv_BTC = rotate(self.kv_norm(self.wkv(h_BTD)), turn_T)
+        entry_BSC = index = None
+        if self.compressor is not None:
+            entry_BSC = self.compressor(h_BTD, place.layout.blocks[self.ratio], place.block_turn[self.ratio])
+        if self.indexer is not None and place.mode != "dense":
+            blocks = place.layout.blocks[self.ratio]
+            index = self.indexer(h_BTD, qr_BTQ, blocks, turn_T, place.block_turn[self.ratio])
+        o_BTHC, statistics = self._attend(q_BTHC, kv_BTC, entry_BSC, index, place)
+        o_BTHC = rotate(o_BTHC, turn_T, inverse=True)
+        return self.wo_b(self.wo_a(o_BTHC.flatten(2))), statistics
+
+    def _queries(self, qr_BTQ: Tensor, turn_T: Rotation) -> Tensor:
+        q_BTHC = self.wq_b(qr_BTQ).unflatten(-1, (self.config.num_attention_heads, self.config.head_dim))
+        q_BTHC = rms_normalize(q_BTHC, self.config.rms_norm_eps).to(qr_BTQ.dtype)
+        return rotate(q_BTHC, turn_T)
+
+    def _attend(
+        self, q_BTHC: Tensor, kv_BTC: Tensor, entry_BSC: Tensor | None, index: Index | None, place: Place
+    ) -> tuple[Tensor, IndexerStatistics | None]:
+        window = self.config.sliding_window
+        dense = chunks(place.layout, window, self.ratio)
+        if index is None:
+            return attend(q_BTHC, kv_BTC, entry_BSC, self.attn_sink, dense)[0], None
+        selected_BTZ, parts = None, dense
+        if place.mode == "sparse" or place.measure_recall:
+            selected_BTZ = indexer.select(index, self.config.index_topk, dense)
+        if place.mode == "sparse":
+            parts = chunks(place.layout, window, self.ratio, selected_BTZ)
+        o_BTHC, lse_BTH = attend(q_BTHC, kv_BTC, entry_BSC, self.attn_sink, parts)
+        target = Target(q_BTHC=q_BTHC.detach(), entry_BSC=entry_BSC.detach(), lse_BTH=lse_BTH)
+        counted_BT = place.layout.counted_BT
+        recall = None
+        if place.measure_recall:
+            recall = indexer.recall(selected_BTZ, target, dense, counted_BT)
+        return o_BTHC, IndexerStatistics(kl_sum=indexer.kl_sum(index, target, parts, counted_BT), recall=recall)
+
+
+class GroupedLinear(nn.Module):
+    """G maps side by side, y_g = W_g x_g: W_g [out, in] stored one below the other as weight [G * out, in]."""
+
+    def __init__(self, groups: int, in_features: int, out_features: int, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.groups = groups
+        self.weight = nn.Parameter(torch.empty(groups * out_features, in_features, dtype=dtype))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x_BTGC = x.unflatten(-1, (self.groups, -1))
+        return torch.einsum("btgc,goc->btgo", x_BTGC, self.weight.unflatten(0, (self.groups, -1))).flatten(2)

@@ -1,0 +1,76 @@
+"""One layer: an mHC site around attention, an mHC site around the mixture of experts (R 2.2; spec 2)."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from model import mhc
+from model.attention import Attention, IndexerStatistics, Place
+from model.config import ModelConfig
+from model.layers import RMSNorm, island_dtype
+from model.losses import attach
+from model.moe import MoE, RouterStatistics
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TermScales:
+    """weight / count of the terms that layers add to the loss, the count over the whole optimizer step; 0 adds none."""
+
+    balance: float = 0.0
+    mtp_balance: float = 0.0
+    indexer: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BlockStatistics:
+    """What one block reports: of its router, and of its indexer if it has one and it ran."""
+
+    router: RouterStatistics
+    indexer: IndexerStatistics | None
+
+
+class Block(nn.Module):
+    """attn_norm, attn, ffn_norm, ffn and the two mHC sites' hc_*_fn, hc_*_base, hc_*_scale (at least fp32)."""
+
+    def __init__(self, config: ModelConfig, *, ratio: int, hashed: bool, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.config = config
+        D, N, island = config.hidden_size, config.hc_mult, island_dtype(dtype)
+        rows = (2 + N) * N
+        self.attn_norm = RMSNorm(D, config.rms_norm_eps, dtype)
+        self.attn = Attention(config, ratio, dtype)
+        self.ffn_norm = RMSNorm(D, config.rms_norm_eps, dtype)
+        self.ffn = MoE(config, hashed=hashed, dtype=dtype)
+        for site in ("attn", "ffn"):
+            self.register_parameter(f"hc_{site}_fn", nn.Parameter(torch.empty(rows, N * D, dtype=island)))
+            self.register_parameter(f"hc_{site}_base", nn.Parameter(torch.empty(rows, dtype=island)))
+            self.register_parameter(f"hc_{site}_scale", nn.Parameter(torch.empty(3, dtype=island)))
+
+    def forward(
+        self, x_BTND: Tensor, token_BT: Tensor, place: Place, balance: float, indexer: float
+    ) -> tuple[Tensor, BlockStatistics]:
+        """balance, indexer: scales of this layer's loss terms, attached to the stream by an identity."""
+        pre, post, comb = self._mixes(x_BTND, self.hc_attn_fn, self.hc_attn_base, self.hc_attn_scale)
+        y_BTD, indexed = self.attn(self.attn_norm(mhc.collapse(x_BTND, pre)), place)
+        if indexed is not None:
+            y_BTD = attach(y_BTD, indexed.kl_sum, indexer)
+        x_BTND = mhc.expand(x_BTND, y_BTD, post, comb)
+
+        pre, post, comb = self._mixes(x_BTND, self.hc_ffn_fn, self.hc_ffn_base, self.hc_ffn_scale)
+        y_BTD, routed = self.ffn(self.ffn_norm(mhc.collapse(x_BTND, pre)), token_BT, place.layout.document_BT)
+        if routed.balance_sum is not None:
+            y_BTD = attach(y_BTD, routed.balance_sum, balance)
+        return mhc.expand(x_BTND, y_BTD, post, comb), BlockStatistics(router=routed, indexer=indexed)
+
+    def _mixes(self, x_BTND: Tensor, fn: Tensor, base: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        config = self.config
+        return mhc.mixes(
+            x_BTND,
+            fn,
+            base,
+            scale,
+            iterations=config.hc_sinkhorn_iters,
+            hc_eps=config.hc_eps,
+            norm_eps=config.rms_norm_eps,
+        )

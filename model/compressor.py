@@ -1,0 +1,64 @@
+"""The compressor: each block of m tokens becomes one key-value entry, a softmax-weighted mean per channel.
+
+CSA (m = 4) overlaps: a block also weighs the tokens of the block before, through a second series of channels.
+Source: R 2.3.1 eqs. 9-12 (CSA), R 2.3.2 eqs. 20-23 (HCA), released code (spec 3.2, 3.5). fp32 island.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from model.layers import Linear, RMSNorm, fp32_product, island_dtype
+from model.rope import Rotation, rotate
+from model.visibility import Blocks
+
+
+def compress(value_BSMC: Tensor, logit_BSMC: Tensor) -> Tensor:
+    """c_s = sum_j softmax_j(logit_sj) value_sj, the softmax over the block's M rows apart for each channel C."""
+    return (torch.softmax(logit_BSMC, dim=2) * value_BSMC).sum(2)
+
+
+def compress_overlapped(value_BSMC: Tensor, logit_BSMC: Tensor, has_previous_BS: Tensor) -> Tensor:
+    """Blocks that also weigh the block before. Returns [B, S, C / 2].
+
+    Layout: channels [: C/2] are the series a token contributes to the next block, [C/2 :] the one to its own.
+    A document's first block has no block before: logits -inf, values 0.
+    """
+    half = value_BSMC.shape[-1] // 2
+    missing = ~has_previous_BS[:, :, None, None]
+    value_before = value_BSMC[..., :half].roll(1, dims=1).masked_fill(missing, 0)
+    logit_before = logit_BSMC[..., :half].roll(1, dims=1).masked_fill(missing, -torch.inf)
+    value = torch.cat((value_before, value_BSMC[..., half:]), dim=2)
+    logit = torch.cat((logit_before, logit_BSMC[..., half:]), dim=2)
+    return compress(value, logit)
+
+
+class Compressor(nn.Module):
+    """wkv, wgate [C or 2C, D], ape [m, C or 2C], norm [C]. Returns entries c_BSC, normalised and rotated."""
+
+    def __init__(
+        self, hidden: int, channels: int, ratio: int, *, overlap: bool, eps: float, dtype: torch.dtype
+    ) -> None:
+        super().__init__()
+        width = 2 * channels if overlap else channels
+        self.overlap = overlap
+        self.wkv = Linear(hidden, width, dtype, fp32_product)
+        self.wgate = Linear(hidden, width, dtype, fp32_product)
+        self.ape = nn.Parameter(torch.empty(ratio, width, dtype=island_dtype(dtype)))
+        self.norm = RMSNorm(channels, eps, dtype)
+
+    def forward(self, h_BTD: Tensor, blocks: Blocks, turn_S: Rotation) -> Tensor:
+        """turn_S: rotation at the position of each block's first token. The result has h's type."""
+        value = _take(self.wkv(h_BTD), blocks.token_BSM)
+        logit = _take(self.wgate(h_BTD), blocks.token_BSM) + self.ape
+        if self.overlap:
+            entry_BSC = compress_overlapped(value, logit, blocks.has_previous_BS)
+        else:
+            entry_BSC = compress(value, logit)
+        return rotate(self.norm(entry_BSC), turn_S).to(h_BTD.dtype)
+
+
+def _take(x_BTC: Tensor, token_BSM: Tensor) -> Tensor:
+    """Rows of x at the tokens of each block, [B, S, M, C]; a token is in at most one block."""
+    B, T, _ = x_BTC.shape
+    index = (token_BSM + torch.arange(B, device=x_BTC.device)[:, None, None] * T).flatten()
+    return x_BTC.flatten(0, 1).index_select(0, index).unflatten(0, token_BSM.shape)

@@ -1,0 +1,84 @@
+"""Routed and shared experts: clamped SwiGLU, all experts of a layer stacked in one parameter per kind.
+
+Source: R 2.1, released code (spec 4.2). y = w2(weight * silu(min(w1 x, limit)) * clamp(w3 x, -limit, limit)).
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import FunctionCtx
+from torch.nn import functional as F
+
+from model.layers import Linear, at_least_fp32
+
+
+def clamped_swiglu(gate_PF: Tensor, up_PF: Tensor, limit: float) -> Tensor:
+    """silu(min(gate, limit)) * clamp(up, -limit, limit) in at least fp32; the result stays promoted."""
+    gate_PF = at_least_fp32(gate_PF).clamp(max=limit)
+    return F.silu(gate_PF) * at_least_fp32(up_PF).clamp(-limit, limit)
+
+
+class _GroupedMatmul(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: FunctionCtx, x_PD: Tensor, w_EFD: Tensor, counts: list[int]) -> Tensor:
+        ctx.save_for_backward(x_PD, w_EFD)
+        ctx.counts = counts
+        y_PF = x_PD.new_empty(x_PD.shape[0], w_EFD.shape[1])
+        for x_pd, w_FD, y_pf in zip(x_PD.split(counts), w_EFD, y_PF.split(counts), strict=True):
+            torch.mm(x_pd, w_FD.T, out=y_pf)
+        return y_PF
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, grad_PF: Tensor) -> tuple[Tensor, Tensor, None]:
+        x_PD, w_EFD = ctx.saved_tensors
+        counts = ctx.counts
+        grad_x, grad_w = torch.empty_like(x_PD), torch.empty_like(w_EFD)
+        groups = zip(x_PD.split(counts), w_EFD, grad_PF.split(counts), grad_x.split(counts), grad_w, strict=True)
+        for x_pd, w_FD, grad_pf, grad_pd, grad_FD in groups:
+            torch.mm(grad_pf, w_FD, out=grad_pd)
+            torch.mm(grad_pf.T, x_pd, out=grad_FD)
+        return grad_x, grad_w, None
+
+
+def grouped_matmul(x_PD: Tensor, w_EFD: Tensor, counts: list[int]) -> Tensor:
+    """y = x W_e^T for the rows of each expert: counts[e] consecutive rows of x belong to expert e.
+
+    One product per expert, forwards and backwards, so that a row's bits depend on its own expert's rows only; an
+    expert without rows gets gradient 0.
+    """
+    return _GroupedMatmul.apply(x_PD, w_EFD, counts)
+
+
+class Experts(nn.Module):
+    """The routed experts of one layer: w1 (gate) and w3 (up) [E, F, D], w2 (down) [E, D, F].
+
+    `grouped_matmul` is the precision seam: same signature as the function above.
+    """
+
+    def __init__(self, experts: int, hidden: int, intermediate: int, limit: float, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.limit = limit
+        self.grouped_matmul = grouped_matmul
+        self.w1 = nn.Parameter(torch.empty(experts, intermediate, hidden, dtype=dtype))
+        self.w3 = nn.Parameter(torch.empty(experts, intermediate, hidden, dtype=dtype))
+        self.w2 = nn.Parameter(torch.empty(experts, hidden, intermediate, dtype=dtype))
+
+    def forward(self, x_PD: Tensor, weight_P: Tensor, counts: list[int]) -> Tensor:
+        """x_PD sorted by expert, the routing weight of each pair, rows per expert. Returns y_PD in x's type."""
+        gate_PF = self.grouped_matmul(x_PD, self.w1, counts)
+        up_PF = self.grouped_matmul(x_PD, self.w3, counts)
+        inner_PF = clamped_swiglu(gate_PF, up_PF, self.limit) * weight_P.unsqueeze(-1)
+        return self.grouped_matmul(inner_PF.to(x_PD.dtype), self.w2, counts)
+
+
+class SharedExpert(nn.Module):
+    """The expert every token passes: the same clamped SwiGLU, without a routing weight."""
+
+    def __init__(self, hidden: int, intermediate: int, limit: float, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.limit = limit
+        self.w1 = Linear(hidden, intermediate, dtype)
+        self.w3 = Linear(hidden, intermediate, dtype)
+        self.w2 = Linear(intermediate, hidden, dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.w2(clamped_swiglu(self.w1(x), self.w3(x), self.limit).to(x.dtype))

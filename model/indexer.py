@@ -1,0 +1,143 @@
+"""The lightning indexer of CSA: which compressed blocks a query attends to, and how it learns that.
+
+Source: R 2.3.1 eqs. 13-17 (scores, top-k; spec 3.3); objective: V3.2 report 2.1, adapted to blocks (spec 6).
+The Hadamard rotation before FP4 cancels in the product of unquantised q and k, so it is absent here.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from model.attend import Chunk
+from model.compressor import Compressor
+from model.config import CSA_RATIO, ModelConfig
+from model.layers import Linear, at_least_fp32
+from model.rope import Rotation, rotate
+from model.visibility import Blocks
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Index:
+    """Queries q_BTIJ, keys k_BSJ and head weights w_BTI of the indexer, all detached from the main model."""
+
+    q_BTIJ: Tensor
+    k_BSJ: Tensor
+    w_BTI: Tensor
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Target:
+    """What the indexer is to predict, detached: the main attention's q, entries and log denominators."""
+
+    q_BTHC: Tensor
+    entry_BSC: Tensor
+    lse_BTH: Tensor
+
+
+class Indexer(nn.Module):
+    """wq_b [I J, Q], weights_proj [I, D] and a compressor of width J; its inputs are detached: it learns from KL only."""
+
+    def __init__(self, config: ModelConfig, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.heads, self.dim = config.index_n_heads, config.index_head_dim
+        self.wq_b = Linear(config.q_lora_rank, self.heads * self.dim, dtype)
+        self.weights_proj = Linear(config.hidden_size, self.heads, dtype)
+        self.compressor = Compressor(
+            config.hidden_size, self.dim, CSA_RATIO, overlap=True, eps=config.rms_norm_eps, dtype=dtype
+        )
+
+    def forward(self, h_BTD: Tensor, qr_BTQ: Tensor, blocks: Blocks, turn_T: Rotation, turn_S: Rotation) -> Index:
+        h_BTD, qr_BTQ = h_BTD.detach(), qr_BTQ.detach()
+        q_BTIJ = rotate(self.wq_b(qr_BTQ).unflatten(-1, (self.heads, self.dim)), turn_T)
+        w_BTI = at_least_fp32(self.weights_proj(h_BTD)) * (self.dim**-0.5 * self.heads**-0.5)
+        return Index(q_BTIJ=q_BTIJ, k_BSJ=self.compressor(h_BTD, blocks, turn_S), w_BTI=w_BTI)
+
+
+def scores(q_BQIJ: Tensor, k_BSJ: Tensor, w_BQI: Tensor) -> Tensor:
+    """I_ts = sum_h w_th relu(q_th . k_s), [B, Q, S] in at least fp32."""
+    product = at_least_fp32(q_BQIJ).flatten(1, 2) @ at_least_fp32(k_BSJ).transpose(1, 2)
+    relu_BQIS = torch.relu(product).unflatten(1, q_BQIJ.shape[1:3])
+    return torch.matmul(w_BQI.unsqueeze(-2), relu_BQIS).squeeze(-2)
+
+
+@torch.no_grad()
+def select(index: Index, topk: int, parts: tuple[Chunk, ...]) -> Tensor:
+    """The top-k visible slots of every query, [B, T, Z] with Z = min(topk, S); -1 where fewer are visible.
+
+    Ties go to the earlier block, so that a choice never depends on what else is in the row.
+    """
+    return torch.cat([_top(_chunk_scores(index, chunk), chunk, min(topk, index.k_BSJ.shape[1])) for chunk in parts], 1)
+
+
+def _chunk_scores(index: Index, chunk: Chunk) -> Tensor:
+    return scores(index.q_BTIJ[:, chunk.rows], index.k_BSJ[:, : chunk.entries], index.w_BTI[:, chunk.rows])
+
+
+def _top(score_BQS: Tensor, chunk: Chunk, count: int) -> Tensor:
+    """Slots of the `count` highest visible scores, -1 where there are fewer."""
+    ranked = score_BQS.masked_fill(~chunk.visible_entries(), -torch.inf).sort(dim=-1, descending=True, stable=True)
+    slot_BQZ = ranked.indices[..., :count].masked_fill(ranked.values[..., :count] == -torch.inf, -1)
+    return nn.functional.pad(slot_BQZ, (0, count - slot_BQZ.shape[-1]), value=-1)
+
+
+def kl_sum(index: Index, target: Target, parts: tuple[Chunk, ...], counted_BT: Tensor) -> Tensor:
+    """sum_t KL(p_t || softmax(I_t)) over counted tokens that see at least one block, a scalar in at least fp32.
+
+    Source: V3.2 report 2.1; over compressed blocks only (ours). p_t: main attention probabilities summed over heads and
+    normalised over the slots of `parts`: all visible ones in the dense stages, the selected ones in the sparse stage.
+    Memory: linear in T; the scores of a chunk are computed again in the backward pass.
+    """
+    total = index.w_BTI.new_zeros(())
+    for chunk in parts:
+        if chunk.entries == 0:
+            continue
+            total = total + checkpoint(
+                _chunk_kl,
+                index.q_BTIJ[:, chunk.rows],
+                index.k_BSJ[:, : chunk.entries],
+                index.w_BTI[:, chunk.rows],
+                target,
+                chunk,
+                counted_BT[:, chunk.rows],
+                use_reentrant=False,
+                preserve_rng_state=False,
+            )
+    return total
+
+
+def _chunk_kl(q_BQIJ: Tensor, k_BSJ: Tensor, w_BQI: Tensor, target: Target, chunk: Chunk, counted_BQ: Tensor) -> Tensor:
+    p_BQS = target_probability(target, chunk)
+    visible_BQS = chunk.visible_entries() & counted_BQ.unsqueeze(-1)
+    # A query without any visible block keeps its finite scores and counts 0: -inf everywhere would be NaN.
+    hidden_BQS = ~visible_BQS & visible_BQS.any(-1, keepdim=True)
+    log_q = torch.log_softmax(scores(q_BQIJ, k_BSJ, w_BQI).masked_fill(hidden_BQS, -torch.inf), dim=-1)
+    divergence = torch.xlogy(p_BQS, p_BQS) - p_BQS * log_q.masked_fill(~visible_BQS, 0)
+    return divergence.masked_fill(~visible_BQS, 0).sum()
+
+
+@torch.no_grad()
+def target_probability(target: Target, chunk: Chunk) -> Tensor:
+    """p_BQS of one chunk: exp(z - lse) summed over heads, normalised over the chunk's visible slots; 0 elsewhere."""
+    q_BQHC = at_least_fp32(target.q_BTHC[:, chunk.rows])
+    entry_BSC = at_least_fp32(target.entry_BSC[:, : chunk.entries])
+    z = q_BQHC.flatten(1, 2) @ entry_BSC.transpose(1, 2) * q_BQHC.shape[-1] ** -0.5
+    p_BQHS = torch.exp(z.unflatten(1, q_BQHC.shape[1:3]) - target.lse_BTH[:, chunk.rows].unsqueeze(-1))
+    p_BQS = p_BQHS.sum(2).masked_fill(~chunk.visible_entries(), 0)
+    return p_BQS / p_BQS.sum(-1, keepdim=True).clamp_min(torch.finfo(p_BQS.dtype).tiny)
+
+
+@torch.no_grad()
+def recall(selected_BTZ: Tensor, target: Target, parts: tuple[Chunk, ...], counted_BT: Tensor) -> Tensor:
+    """How many of the picks are also top-k of the dense attention's mass: int64 [2] = (hits, picks).
+
+    Only counted queries that see more blocks than they may pick; `parts` must be those of dense attention.
+    """
+    count, total = selected_BTZ.shape[-1], torch.zeros(2, dtype=torch.int64, device=selected_BTZ.device)
+    for chunk in parts:
+        best_BQZ = _top(target_probability(target, chunk), chunk, count)
+        choice_BQ = (chunk.visible_entries().sum(-1) > count) & counted_BT[:, chunk.rows]
+        hit_BQ = (selected_BTZ[:, chunk.rows].unsqueeze(-1) == best_BQZ.unsqueeze(-2)).any(-1).sum(-1)
+        total += torch.stack((hit_BQ[choice_BQ].sum(), choice_BQ.sum() * count))
+    return total

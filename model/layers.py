@@ -1,0 +1,72 @@
+"""The plain building blocks: linear map, embedding, RMSNorm, and the promotion that makes an fp32 island.
+
+An island computes in at least fp32: bf16 is promoted, fp32 and fp64 stay what they are.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+def at_least_fp32(x: Tensor) -> Tensor:
+    """Promote bf16 or fp16 to fp32; fp32 and fp64 pass unchanged, so that an fp64 run is fp64 everywhere."""
+    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+
+
+def island_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The type in which parameters of fp32 islands are held when the model's type is `dtype`."""
+    return torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
+
+
+def rms_normalize(x: Tensor, eps: float) -> Tensor:
+    """x / sqrt(mean(x^2) + eps) over the last dim, in at least fp32; the result stays promoted."""
+    x = at_least_fp32(x)
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
+
+
+class RMSNorm(nn.Module):
+    """RMSNorm with weight over the last dim; computed in at least fp32, returned in the caller's type."""
+
+    def __init__(self, dim: int, eps: float, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(dim, dtype=island_dtype(dtype)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (rms_normalize(x, self.eps) * self.weight).to(x.dtype)
+
+
+def fp32_product(x: Tensor, weight: Tensor) -> Tensor:
+    """F.linear as an fp32 island: router, compressor and head (released code, spec 1.3 and 2). Stays promoted."""
+    return F.linear(at_least_fp32(x), at_least_fp32(weight))
+
+
+class Linear(nn.Module):
+    """y = x W^T without bias, W stored [out, in]. `matmul` is the precision seam: same signature as F.linear."""
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        dtype: torch.dtype,
+        matmul: Callable[[Tensor, Tensor], Tensor] = F.linear,
+    ) -> None:
+        super().__init__()
+        self.matmul = matmul
+        self.weight = nn.Parameter(torch.empty(out_features, in_features, dtype=dtype))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.matmul(x, self.weight)
+
+
+class Embedding(nn.Module):
+    """Rows of `weight` [V, D] by token id."""
+
+    def __init__(self, rows: int, dim: int, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(rows, dim, dtype=dtype))
+
+    def forward(self, token_BT: Tensor) -> Tensor:
+        return F.embedding(token_BT, self.weight)

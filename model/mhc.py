@@ -1,0 +1,70 @@
+"""mHC, manifold-constrained hyper-connections: N residual streams mixed by a doubly stochastic matrix (R 2.2).
+
+Orientation: comb_jk carries stream j to stream k, X'_k = sum_j comb_jk X_j, so comb is the transpose of the
+report's B. Everything here is an fp32 island except the streams themselves.
+"""
+
+import torch
+from torch import Tensor
+
+from model.layers import at_least_fp32
+
+
+def mixes(
+    x_BTND: Tensor, fn: Tensor, base: Tensor, scale: Tensor, *, iterations: int, hc_eps: float, norm_eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The three mixes of one mHC site, each a function of the token's own streams.
+
+    Source: R 2.2, released code (spec 2). Math: mix = (fn x) * rsqrt(mean(x^2) + norm_eps), x the N*D flat streams;
+    pre = sigmoid(.) + hc_eps, post = 2 sigmoid(.), comb = sinkhorn(.), each of scale * mix + base.
+    Shapes: fn [(2 + N) N, N D] with rows pre, post, comb (row-major jk); base [(2 + N) N]; scale [3].
+    Returns pre_BTN, post_BTN, comb_BTNN in at least fp32.
+    """
+    N = x_BTND.shape[2]
+    mix = normalized_product(x_BTND, fn, norm_eps)
+    pre, post, comb = mix.split([N, N, N * N], dim=-1)
+    base_pre, base_post, base_comb = base.split([N, N, N * N])
+    pre_BTN = torch.sigmoid(scale[0] * pre + base_pre) + hc_eps
+    post_BTN = 2 * torch.sigmoid(scale[1] * post + base_post)
+    logits_BTNN = (scale[2] * comb + base_comb).unflatten(-1, (N, N))
+    return pre_BTN, post_BTN, sinkhorn(logits_BTNN, iterations, hc_eps)
+
+
+def normalized_product(x_BTND: Tensor, fn: Tensor, norm_eps: float) -> Tensor:
+    """(fn x) / rms(x) over the flat streams: a weight-less RMSNorm applied after the product. Returns [B, T, rows]."""
+    x = at_least_fp32(x_BTND.flatten(2))
+    return (x @ fn.T) * torch.rsqrt(x.square().mean(-1, keepdim=True) + norm_eps)
+
+
+def sinkhorn(logits: Tensor, iterations: int, eps: float) -> Tensor:
+    """Towards a doubly stochastic matrix: softmax over the last axis, then columns and rows in turn.
+
+    Source: R 2.2 eq. 8, released code. The first of `iterations` rounds is the softmax and one division by the sums
+    over the first axis; each other divides by the sums over the last axis, then over the first. eps is added to the
+    softmax and to every sum. Shapes: [..., N, N], orientation jk as in `mixes`.
+    """
+    comb = torch.softmax(logits, dim=-1) + eps
+    comb = comb / (comb.sum(-2, keepdim=True) + eps)
+    for _ in range(iterations - 1):
+        comb = comb / (comb.sum(-1, keepdim=True) + eps)
+        comb = comb / (comb.sum(-2, keepdim=True) + eps)
+    return comb
+
+
+def collapse(x_BTND: Tensor, pre_BTN: Tensor) -> Tensor:
+    """u = sum_k pre_k X_k: the input of the layer, x_BTD in the streams' type, summed in at least fp32."""
+    u_BTD = torch.matmul(pre_BTN.unsqueeze(-2), at_least_fp32(x_BTND)).squeeze(-2)
+    return u_BTD.to(x_BTND.dtype)
+
+
+def expand(x_BTND: Tensor, y_BTD: Tensor, post_BTN: Tensor, comb_BTNN: Tensor) -> Tensor:
+    """X'_k = post_k F(u) + sum_j comb_jk X_j, in at least fp32, returned in the streams' type."""
+    carried = torch.matmul(comb_BTNN.transpose(-1, -2), at_least_fp32(x_BTND))
+    added = post_BTN.unsqueeze(-1) * at_least_fp32(y_BTD).unsqueeze(-2)
+    return (carried + added).to(x_BTND.dtype)
+
+
+def head(x_BTND: Tensor, fn: Tensor, base: Tensor, scale: Tensor, *, hc_eps: float, norm_eps: float) -> Tensor:
+    """The last collapse before the final norm: only the `pre` part, with its own fn [N, N D], base [N], scale [1]."""
+    mix = normalized_product(x_BTND, fn, norm_eps)
+    return collapse(x_BTND, torch.sigmoid(scale * mix + base) + hc_eps)

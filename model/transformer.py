@@ -1,0 +1,109 @@
+"""The whole model: embedding into N streams, blocks, last collapse, norm, head, and the MTP branch (R 2; spec 1-4)."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from model import mhc
+from model.attention import Place
+from model.block import Block, BlockStatistics, TermScales
+from model.config import AttentionMode, ModelConfig
+from model.layers import Embedding, Linear, RMSNorm, fp32_product, island_dtype
+from model.losses import mtp_document
+from model.mtp import MTP
+from model.rope import Rotation, frequencies, rotation
+from model.visibility import layout
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Output:
+    """h_BTD: normalised, for the head. mtp_h_BTD: [B, T-1, D], None without MTP or if T = 1. Statistics by layer."""
+
+    h_BTD: Tensor
+    mtp_h_BTD: Tensor | None
+    layers: tuple[BlockStatistics, ...]
+    mtp: BlockStatistics | None
+
+
+class Transformer(nn.Module):
+    """embed, layers, norm, head, hc_head_*, mtp: parameter names are the released ones (experts stacked).
+
+    Built with uninitialised weights: fill them by `model.init.initialize` or `model.names.load_released`.
+    """
+
+    def __init__(self, config: ModelConfig, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        self.config, self.dtype = config, dtype
+        D, N, island = config.hidden_size, config.hc_mult, island_dtype(dtype)
+        self.embed = Embedding(config.vocab_size, D, dtype)
+        self.layers = nn.ModuleList(
+            Block(config, ratio=ratio, hashed=i < config.num_hash_layers, dtype=dtype)
+            for i, ratio in enumerate(config.attention_ratios)
+        )
+        self.hc_head_fn = nn.Parameter(torch.empty(N, N * D, dtype=island))
+        self.hc_head_base = nn.Parameter(torch.empty(N, dtype=island))
+        self.hc_head_scale = nn.Parameter(torch.empty(1, dtype=island))
+        self.norm = RMSNorm(D, config.rms_norm_eps, dtype)
+        self.head = Linear(D, config.vocab_size, dtype, fp32_product)
+        self.mtp = nn.ModuleList(MTP(config, dtype) for _ in range(config.num_nextn_predict_layers))
+        self.share_weights()
+
+    def share_weights(self) -> None:
+        """Lay the MTP branch's embedding and head over the main model's storage; call again after moving the model."""
+        for branch in self.mtp:
+            branch.embed.weight = nn.Parameter(self.embed.weight.data)
+            branch.head.weight = nn.Parameter(self.head.weight.data)
+
+    def forward(
+        self,
+        token_BT: Tensor,
+        document_BT: Tensor | None = None,
+        position_BT: Tensor | None = None,
+        *,
+        mode: AttentionMode = "sparse",
+        scales: TermScales | None = None,
+        measure_recall: bool = False,
+    ) -> Output:
+        """Run packed rows. Without document_BT and position_BT each row is one document.
+
+        token_BT, document_BT (-1: padding), position_BT: int64 [B, T]. scales: of the layers' loss terms, default 0.
+        """
+        scales = scales or TermScales()
+        if document_BT is None or position_BT is None:
+            document_BT = torch.zeros_like(token_BT)
+            position_BT = torch.arange(token_BT.shape[1], device=token_BT.device).expand_as(token_BT)
+        place = self._place(document_BT, position_BT, mode, measure_recall)
+        x_BTND = self.embed(token_BT).unsqueeze(2).expand(-1, -1, self.config.hc_mult, -1).contiguous()
+        statistics = []
+        for block in self.layers:
+            x_BTND, of_block = block(x_BTND, token_BT, place, scales.balance, scales.indexer)
+            statistics.append(of_block)
+        h_BTD = self.norm(self._collapse(x_BTND))
+        mtp_h_BTD = of_mtp = None
+        if self.mtp and token_BT.shape[1] > 1:
+            place = self._place(mtp_document(document_BT), position_BT[:, :-1], mode, False)
+            mtp_h_BTD, of_mtp = self.mtp[0].predict(x_BTND[:, :-1], token_BT[:, 1:], place, scales.mtp_balance)
+        return Output(h_BTD=h_BTD, mtp_h_BTD=mtp_h_BTD, layers=tuple(statistics), mtp=of_mtp)
+
+    def logits(self, h_BTD: Tensor) -> Tensor:
+        """Logits [B, T, V] in at least fp32 of the main or the MTP branch (the head is shared)."""
+        return self.head(h_BTD)
+
+    def _collapse(self, x_BTND: Tensor) -> Tensor:
+        fn, base, scale = self.hc_head_fn, self.hc_head_base, self.hc_head_scale
+        return mhc.head(x_BTND, fn, base, scale, hc_eps=self.config.hc_eps, norm_eps=self.config.rms_norm_eps)
+
+    def _place(self, document_BT: Tensor, position_BT: Tensor, mode: AttentionMode, measure_recall: bool) -> Place:
+        ratios = set(self.config.attention_ratios)
+        where = layout(document_BT, position_BT, self.config.sliding_window, ratios)
+        return Place(
+            layout=where,
+            token_turn={ratio: self._turn(position_BT, ratio) for ratio in ratios | {0}},
+            block_turn={ratio: self._turn(blocks.position_BS, ratio) for ratio, blocks in where.blocks.items()},
+            mode=mode,
+            measure_recall=measure_recall,
+        )
+
+    def _turn(self, position: Tensor, ratio: int) -> Rotation:
+        return rotation(frequencies(self.config, compressed=ratio > 0), position, island_dtype(self.dtype))

@@ -1,0 +1,134 @@
+"""TrainConfig: everything a run is made of. Checks that need two packages live here and only here."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from data.config import DataConfig
+from model.config import CSA_RATIO, InitConfig, ModelConfig, require
+from optim.config import OptimConfig
+from trainer.schedule_config import ScheduleConfig
+
+Precision = Literal["fp64", "fp32", "bf16"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LossConfig:
+    """Weights of the auxiliary losses and of the bias rule (R 4.2.2, spec 4.3 and 6)."""
+
+    balance_weight: float = 1e-4
+    bias_update_speed: float = 1e-3
+    indexer_weight: float = 1.0
+    """Weight of the indexer's KL term (ours: V4 gives none; it trains nothing but the indexer)."""
+
+    def __post_init__(self) -> None:
+        for key in ("balance_weight", "bias_update_speed", "indexer_weight"):
+            require(getattr(self, key) >= 0, key, getattr(self, key), "at least 0")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PrecisionConfig:
+    """The type of weights and activations; fp32 islands and fp32 masters are kept whatever it is."""
+
+    dtype: Precision = "bf16"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CheckpointConfig:
+    """When checkpoints are written and which are kept."""
+
+    every_steps: int = 100
+    keep_last: int = 3
+    keep_every_steps: int = 0
+    """Checkpoints at multiples of this are never deleted; 0 keeps none beyond `keep_last`."""
+
+    def __post_init__(self) -> None:
+        require(self.every_steps > 0, "every_steps", self.every_steps, "a positive number of steps")
+        require(self.keep_last >= 2, "keep_last", self.keep_last, "at least 2, so that a torn one has a predecessor")
+        require(self.keep_every_steps >= 0, "keep_every_steps", self.keep_every_steps, "at least 0")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrackingConfig:
+    """wandb beside `metrics.jsonl`: auto is online when a key is there, else offline."""
+
+    wandb: Literal["auto", "offline", "online", "off"] = "auto"
+    project: str = "keel"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ValidationConfig:
+    """Held-out loss every so many steps, on the same rows each time."""
+
+    every_steps: int = 50
+    rows: int = 32
+
+    def __post_init__(self) -> None:
+        require(self.every_steps > 0, "every_steps", self.every_steps, "a positive number of steps")
+        require(self.rows > 0, "rows", self.rows, "a positive number of rows")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SampleConfig:
+    """The text generated at the end of a run and by `keel sample`."""
+
+    prompt: str = ""
+    tokens: int = 128
+    temperature: float = 0.8
+    top_p: float = 0.95
+
+    def __post_init__(self) -> None:
+        require(self.tokens >= 0, "tokens", self.tokens, "at least 0")
+        require(self.temperature >= 0, "temperature", self.temperature, "at least 0 (0 takes the likeliest)")
+        require(0 < self.top_p <= 1, "top_p", self.top_p, "in (0, 1]")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainConfig:
+    """One run. Fields that name a group of `configs/` have that group's name."""
+
+    name: str
+    seed: int = 1
+    runs_dir: str = "runs"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    threads: int = 2
+    """Intra-op threads on a CPU: fixed and recorded, because another count gives other bits."""
+    deterministic: bool = True
+    model: ModelConfig
+    init: InitConfig = field(default_factory=InitConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    schedule: ScheduleConfig
+    data: DataConfig
+    precision: PrecisionConfig = field(default_factory=PrecisionConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    validation: ValidationConfig = field(default_factory=ValidationConfig)
+    sample: SampleConfig = field(default_factory=SampleConfig)
+
+    def __post_init__(self) -> None:
+        require(self.threads > 0, "threads", self.threads, "a positive number of threads")
+        self._check_rows()
+        self._check_vocabulary()
+
+    def _check_rows(self) -> None:
+        for stage in self.schedule.row_length:
+            length, limit = stage.value, self.model.max_position_embeddings
+            require(length <= limit, "schedule.row_length", length, f"at most model.max_position_embeddings={limit}")
+            for ratio in set(self.model.attention_ratios) - {0}:
+                kind = "CSA" if ratio == CSA_RATIO else "HCA"
+                require(
+                    length >= ratio,
+                    "schedule.row_length",
+                    length,
+                    f"rows of at least {ratio} tokens, one {kind} block of model.compress_ratios",
+                )
+
+    def _check_vocabulary(self) -> None:
+        tokenizer, rows = self.data.tokenizer, self.model.vocab_size
+        if tokenizer.kind == "bpe":
+            require(
+                tokenizer.vocab_size <= rows,
+                "data.tokenizer.vocab_size",
+                tokenizer.vocab_size,
+                f"at most model.vocab_size={rows}",
+            )
