@@ -1,8 +1,11 @@
 """Data configuration: where text comes from, how it becomes ids and rows."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
+Report = Callable[[str], None]
+"""Takes one line of progress for the user."""
 SourceKind = Literal["stdlib", "text", "jsonl", "parquet", "stream"]
 TokenizerKind = Literal["bpe", "deepseek", "file"]
 
@@ -32,7 +35,7 @@ class SourceConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TokenizerConfig:
-    """bpe: byte-level BPE trained once on the corpus and cached. deepseek: the released vocabulary. file: a tokenizer.json."""
+    """bpe: byte-level BPE trained once on the corpus. deepseek: the released vocabulary. file: a tokenizer.json."""
 
     kind: TokenizerKind
     vocab_size: int = 1024
@@ -40,7 +43,7 @@ class TokenizerConfig:
     path: str = ""
 
     def __post_init__(self) -> None:
-        _require(self.vocab_size >= 260, "vocab_size", self.vocab_size, "at least 260: 256 bytes and 4 special tokens")
+        _require(self.vocab_size >= 260, "vocab_size", self.vocab_size, "at least 260: 256 bytes, 3 special tokens, a merge")
         _require(self.kind != "file" or self.path != "", "path", repr(self.path), "the path of a tokenizer.json")
 
 

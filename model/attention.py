@@ -91,10 +91,14 @@ class Attention(nn.Module):
         o_BTHC, lse_BTH = attend(q_BTHC, kv_BTC, entry_BSC, self.attn_sink, parts)
         target = Target(q_BTHC=q_BTHC.detach(), entry_BSC=entry_BSC.detach(), lse_BTH=lse_BTH)
         counted_BT = place.layout.counted_BT
-        recall = None
-        if place.measure_recall:
-            recall = indexer.recall(selected_BTZ, target, dense, counted_BT)
-        return o_BTHC, IndexerStatistics(kl_sum=indexer.kl_sum(index, target, parts, counted_BT), recall=recall)
+        kl_sum = indexer.kl_sum(index, target, parts, counted_BT)
+        if not place.measure_recall:
+            return o_BTHC, IndexerStatistics(kl_sum=kl_sum, recall=None)
+        if parts is not dense:
+            lse_BTH = attend(q_BTHC, kv_BTC, entry_BSC, self.attn_sink, dense)[1]
+        target = Target(q_BTHC=target.q_BTHC, entry_BSC=target.entry_BSC, lse_BTH=lse_BTH)
+        recall = indexer.recall(selected_BTZ, target, dense, counted_BT)
+        return o_BTHC, IndexerStatistics(kl_sum=kl_sum, recall=recall)
 
 
 class GroupedLinear(nn.Module):

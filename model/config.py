@@ -26,9 +26,9 @@ class RopeScaling:
     beta_slow: float = 1
 
     def __post_init__(self) -> None:
-        require(self.factor >= 1, "rope_scaling.factor", self.factor, "at least 1")
+        require(self.factor >= 1, "factor", self.factor, "at least 1")
         length = self.original_max_position_embeddings
-        require(length > 0, "rope_scaling.original_max_position_embeddings", length, "a positive number of tokens")
+        require(length > 0, "original_max_position_embeddings", length, "a positive number of tokens")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

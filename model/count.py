@@ -131,7 +131,8 @@ def block_pairs(row_length: int, ratio: int, limit: int | None = None) -> int:
 def _main_macs(config: ModelConfig, positions: int, mode: AttentionMode) -> Counter[str]:
     """Multiply-adds of the main model's forward pass over one row, without the indexer."""
     specs = [spec for spec in released_tensors(config, experts=1) if not spec.is_mtp and spec.group != "indexer"]
-    macs = _linear_macs(config, specs, positions) + _attention_macs(config, config.attention_ratios, positions, mode)
+    macs = _linear_macs(config, specs, positions)
+    macs.update(_attention_macs(config, config.attention_ratios, positions, mode))
     macs["mhc"] += positions * _stream_macs(config, config.num_hidden_layers)
     return macs
 
@@ -141,9 +142,9 @@ def _mtp_macs(config: ModelConfig, positions: int) -> Counter[str]:
     if not config.num_nextn_predict_layers:
         return Counter()
     specs = [spec for spec in released_tensors(config, experts=1) if spec.is_mtp]
+    macs = _linear_macs(config, specs, positions)
     # Window attention only, so that the mode makes no difference.
-    attention = _attention_macs(config, config.compress_ratios[config.num_hidden_layers :], positions, "dense")
-    macs = _linear_macs(config, specs, positions) + attention
+    macs.update(_attention_macs(config, config.compress_ratios[config.num_hidden_layers :], positions, "dense"))
     macs["mhc"] += positions * _stream_macs(config, 1)
     macs["head"] += positions * config.vocab_size * config.hidden_size
     return macs

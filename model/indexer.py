@@ -37,7 +37,7 @@ class Target:
 
 
 class Indexer(nn.Module):
-    """wq_b [I J, Q], weights_proj [I, D] and a compressor of width J; its inputs are detached: it learns from KL only."""
+    """wq_b [I J, Q], weights_proj [I, D], a compressor of width J. Inputs are detached: it learns from its KL only."""
 
     def __init__(self, config: ModelConfig, dtype: torch.dtype) -> None:
         super().__init__()

@@ -6,6 +6,7 @@ report's B. Everything here is an fp32 island except the streams themselves.
 
 import torch
 from torch import Tensor
+from torch.autograd.function import FunctionCtx
 
 from model.layers import at_least_fp32
 
@@ -41,14 +42,57 @@ def sinkhorn(logits: Tensor, iterations: int, eps: float) -> Tensor:
 
     Source: R 2.2 eq. 8, released code. The first of `iterations` rounds is the softmax and one division by the sums
     over the first axis; each other divides by the sums over the last axis, then over the first. eps is added to the
-    softmax and to every sum. Shapes: [..., N, N], orientation jk as in `mixes`.
+    softmax and to every sum. Shapes: [..., N, N], orientation jk as in `mixes`. The backward pass is by hand: it keeps
+    the logits only and goes through the rounds again.
     """
-    comb = torch.softmax(logits, dim=-1) + eps
-    comb = comb / (comb.sum(-2, keepdim=True) + eps)
-    for _ in range(iterations - 1):
-        comb = comb / (comb.sum(-1, keepdim=True) + eps)
-        comb = comb / (comb.sum(-2, keepdim=True) + eps)
-    return comb
+    return _Sinkhorn.apply(logits, iterations, eps)
+
+
+class _Sinkhorn(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: FunctionCtx, logits: Tensor, iterations: int, eps: float) -> Tensor:
+        ctx.save_for_backward(logits)
+        ctx.iterations, ctx.eps = iterations, eps
+        *_, comb = _rounds(_tokens_last(logits), iterations, eps)
+        return _tokens_first(comb, logits.shape)
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, None, None]:
+        (logits,) = ctx.saved_tensors
+        softmax, *steps = _rounds(_tokens_last(logits), ctx.iterations, ctx.eps)
+        grad_NNP = _tokens_last(grad)
+        # y = x / (sum x + eps): dx = (dy - sum(dy y)) / (sum x + eps), and the divisor is x / y.
+        for i in range(len(steps) - 1, -1, -1):
+            before = steps[i - 1] if i else softmax + ctx.eps
+            divisor = before.sum(_axis(i), keepdim=True).add_(ctx.eps)
+            mean = (grad_NNP * steps[i]).sum(_axis(i), keepdim=True)
+            grad_NNP = (grad_NNP - mean).div_(divisor)
+        grad_NNP = softmax * (grad_NNP - (grad_NNP * softmax).sum(1, keepdim=True))
+        return _tokens_first(grad_NNP, logits.shape), None, None
+
+
+def _rounds(logits_NNP: Tensor, iterations: int, eps: float) -> list[Tensor]:
+    """The softmax (before its eps), then the matrix after each division."""
+    results = [torch.softmax(logits_NNP, dim=1)]
+    comb = results[0] + eps
+    for i in range(2 * iterations - 1):
+        comb = comb / comb.sum(_axis(i), keepdim=True).add_(eps)
+        results.append(comb)
+    return results
+
+
+def _axis(division: int) -> int:
+    """Divisions 0, 2, 4, ... are by sums over the first axis j, the others over the last axis k."""
+    return division % 2
+
+
+def _tokens_last(x: Tensor) -> Tensor:
+    """[..., N, N] as contiguous [N, N, P]: sums over N then run along the tokens."""
+    return x.flatten(0, -3).permute(1, 2, 0).contiguous()
+
+
+def _tokens_first(x_NNP: Tensor, shape: torch.Size) -> Tensor:
+    return x_NNP.permute(2, 0, 1).reshape(shape)
 
 
 def collapse(x_BTND: Tensor, pre_BTN: Tensor) -> Tensor:

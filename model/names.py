@@ -20,8 +20,19 @@ from model.transformer import Transformer
 _EXPERT = re.compile(r"(.*\.ffn\.experts)\.(\d+)\.(w[123])\.weight")
 
 NOT_ARCHITECTURE = frozenset(
-    "architectures auto_map dtype expert_dtype model_type pad_token_id quantization_config torch_dtype "
-    "transformers_version use_cache initializer_range".split()
+    [
+        "architectures",
+        "auto_map",
+        "dtype",
+        "expert_dtype",
+        "initializer_range",
+        "model_type",
+        "pad_token_id",
+        "quantization_config",
+        "torch_dtype",
+        "transformers_version",
+        "use_cache",
+    ]
 )
 """Keys of a released config.json that do not change what the model computes."""
 

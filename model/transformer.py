@@ -97,13 +97,14 @@ class Transformer(nn.Module):
     def _place(self, document_BT: Tensor, position_BT: Tensor, mode: AttentionMode, measure_recall: bool) -> Place:
         ratios = set(self.config.attention_ratios)
         where = layout(document_BT, position_BT, self.config.sliding_window, ratios)
+        compressed = self._turn(position_BT, compressed=True)
         return Place(
             layout=where,
-            token_turn={ratio: self._turn(position_BT, ratio) for ratio in ratios | {0}},
-            block_turn={ratio: self._turn(blocks.position_BS, ratio) for ratio, blocks in where.blocks.items()},
+            token_turn=dict.fromkeys(ratios, compressed) | {0: self._turn(position_BT, compressed=False)},
+            block_turn={r: self._turn(blocks.position_BS, compressed=True) for r, blocks in where.blocks.items()},
             mode=mode,
             measure_recall=measure_recall,
         )
 
-    def _turn(self, position: Tensor, ratio: int) -> Rotation:
-        return rotation(frequencies(self.config, compressed=ratio > 0), position, island_dtype(self.dtype))
+    def _turn(self, position: Tensor, *, compressed: bool) -> Rotation:
+        return rotation(frequencies(self.config, compressed=compressed), position, island_dtype(self.dtype))

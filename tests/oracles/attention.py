@@ -18,7 +18,8 @@ Stage = Literal["dense", "sparse"]
 class Blocks:
     """What one layer did with its compressed blocks; the indexer's fields are None outside CSA layers.
 
-    attention_HTS: attention probability of each block (its share of window + blocks + sink), 0 where not attended; no gradient.
+    attention_HTS: attention probability of each block (its share of window, blocks and sink together), 0 where it was
+    not attended; no gradient.
     index_score_TS: the indexer's scores, with the gradient of the indexer's parameters only.
     index_topk: per token the selected visible blocks, ascending.
     """
@@ -65,9 +66,7 @@ def attend(
         outputs.append(share_HX @ key_XC)
         attention_HTS[:, t, blocks] = share_HX[:, len(window) :].detach()
     output_THC = rotate(torch.stack(outputs), -position_T, frequency_P)
-    blocks_record = Blocks(
-        visible_TS=visible_TS, attention_HTS=attention_HTS, index_score_TS=score_TS, index_topk=topk
-    )
+    blocks_record = Blocks(visible_TS=visible_TS, attention_HTS=attention_HTS, index_score_TS=score_TS, index_topk=topk)
     return project_output(output_THC, weights, config), blocks_record
 
 

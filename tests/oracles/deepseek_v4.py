@@ -47,12 +47,11 @@ class Result:
     stage: Stage
 
 
-def forward(
-    config: Mapping, weights: Mapping[str, Tensor], ids: list[int], attention: Stage = "sparse"
-) -> Result:
+def forward(config: Mapping, weights: Mapping[str, Tensor], ids: list[int], attention: Stage = "sparse") -> Result:
     """The model on one document: `config` as in config.json, `weights` under their released names, in any precision.
 
-    attention: "sparse" is the released behaviour (the indexer's top-k); "dense" attends every visible block in CSA layers.
+    attention: "sparse" is the released behaviour (the indexer's top-k); "dense" attends every visible block in CSA
+    layers too.
     """
     weights = upcast(weights)
     embedding_TD = weights["embed.weight"][ids]

@@ -111,9 +111,7 @@ def total(parts: Sequence[Losses], *, mtp_weight: float, balance_weight: float, 
     def over_layers(kind: str) -> Tensor:
         sums, counts = [getattr(p, f"{kind}_sum") for p in parts], [getattr(p, f"{kind}_count") for p in parts]
         names = sorted({name for by_layer in sums for name in by_layer})
-        quotients = [
-            quotient([s[n] for s in sums if n in s], [c[n] for c in counts if n in c]) for n in names
-        ]
+        quotients = [quotient([s[n] for s in sums if n in s], [c[n] for c in counts if n in c]) for n in names]
         return sum(quotients, zero)
 
     return (

@@ -1,0 +1,203 @@
+"""The folder of a run, and the lock that lets one process at a time train in it.
+
+    runs/NAME-7f3a/   config.yaml overrides.txt provenance.json dirty.patch history.jsonl metrics.jsonl lock
+                      checkpoints/ samples/ logs/ wandb/
+
+`7f3a` is the beginning of the configuration's identity; a second run of the same configuration gets `-2`. Secrets are
+taken out of all of it (redact.py); the identity is of the configuration as given.
+"""
+
+import fcntl
+import hashlib
+import json
+import os
+import re
+import secrets
+import shutil
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from trainer import durable, journal, redact
+from trainer.provenance import Commit
+
+FINISHED = "finished"
+_FOLDERS = ("checkpoints", "samples", "logs", "wandb")
+_ID_DIGITS = 4
+
+
+def identity(config: Mapping[str, Any]) -> str:
+    """SHA-256 over the resolved configuration: equal exactly when every key has the same value, in any order."""
+    content = json.dumps(config, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(content.encode()).hexdigest()
+
+
+class RunFolder:
+    """An existing run folder. Reading it needs no lock; everything that writes is for the holder of `lock`."""
+
+    def __init__(self, path: Path) -> None:
+        """Raises ValueError when `path` is not a run folder."""
+        try:
+            self.provenance: dict[str, Any] = json.loads((path / "provenance.json").read_bytes())
+        except (OSError, ValueError) as error:
+            raise ValueError(f"run = {path}: expected a run folder with a provenance.json ({error})") from error
+        self.path = path
+        self._lock: int | None = None
+        self._metrics: journal.Journal | None = None
+
+    @property
+    def run_id(self) -> str:
+        """The run's name for trackers: the folder's name and a random part, the same for every resume."""
+        return self.provenance["run_id"]
+
+    @property
+    def config_identity(self) -> str:
+        """`identity` of the configuration that the run was created with."""
+        return self.provenance["config_identity"]
+
+    @property
+    def checkpoints(self) -> Path:
+        """Where checkpoints are."""
+        return self.path / "checkpoints"
+
+    def history(self) -> list[dict[str, Any]]:
+        """One row per start and, unless the process was killed, one per end."""
+        return journal.read(self.path / "history.jsonl")
+
+    def is_finished(self) -> bool:
+        """Whether the last thing that happened here was the end of training."""
+        rows = self.history()
+        return bool(rows) and rows[-1].get("reason") == FINISHED
+
+    def lock(self) -> None:
+        """Takes the folder for this process until `release` or its death; raises ValueError if another has it."""
+        descriptor = os.open(self.path / "lock", os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            holder = os.read(descriptor, 32).decode(errors="replace").strip()
+            os.close(descriptor)
+            raise ValueError(
+                f"run = {self.path}: expected a run that no other process is training (process {holder} is)"
+            ) from error
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
+        self._lock = descriptor
+
+    def release(self) -> None:
+        """Closes the metrics and gives the lock back; does nothing the second time."""
+        if self._metrics is not None:
+            self._metrics.close()
+            self._metrics = None
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+    def begin(self, kind: Literal["start", "resume"], step: int, versions: Mapping[str, str]) -> None:
+        """Notes that training goes on from `step`, and drops metrics of later steps, so that they read as one run."""
+        journal.keep(self.path / "metrics.jsonl", lambda row: row["step"] <= step)
+        self._metrics = journal.Journal(self.path / "metrics.jsonl")
+        self._note({"event": kind, "step": step, "versions": dict(versions)})
+
+    def end(self, reason: str, step: int) -> None:
+        """Notes why training stopped at `step`: FINISHED, a signal's name, or the error."""
+        self._note({"event": "end", "step": step, "reason": redact.in_text(reason)})
+
+    def append_metrics(self, row: Mapping[str, Any]) -> None:
+        """Adds one row, with its `step`, to metrics.jsonl; it survives a kill at once, a power cut after `sync_metrics`."""
+        assert self._metrics is not None, "begin() opens the metrics"
+        self._metrics.append({"step": int(row["step"]), **row})
+
+    def sync_metrics(self) -> None:
+        """Puts all rows on the disk. Call it before a checkpoint is submitted, so that no row is older than the resume."""
+        assert self._metrics is not None, "begin() opens the metrics"
+        self._metrics.sync()
+
+    def _note(self, row: Mapping[str, Any]) -> None:
+        log = journal.Journal(self.path / "history.jsonl")
+        log.append({"time": datetime.now(UTC).isoformat(timespec="seconds"), **row})
+        log.close()
+
+
+def create(
+    runs_dir: Path,
+    name: str,
+    config: Mapping[str, Any],
+    overrides: Sequence[str],
+    facts: Mapping[str, Any],
+    commit: Commit,
+) -> RunFolder:
+    """Makes a new run folder and returns it locked; it appears under its name complete or not at all.
+
+    `config` is the resolved configuration as plain dicts, lists and scalars, `facts` comes from `provenance.facts`.
+    Raises ValueError for a name that cannot be a folder's, OSError when the folder cannot be made.
+    """
+    if not re.fullmatch(r"[A-Za-z0-9][\w.-]{0,79}", name):
+        raise ValueError(
+            f"name = {name}: expected letters, digits, '_', '.' and '-', at most 80, a letter or digit first"
+        )
+    config_identity = identity(config)
+    runs_dir.mkdir(parents=True, exist_ok=True)
+    working = runs_dir / f".creating-{name}-{secrets.token_hex(4)}"
+    working.mkdir()
+    try:
+        path = _free_path(runs_dir, f"{name}-{config_identity[:_ID_DIGITS]}")
+        about = {
+            "run_id": f"{path.name}-{secrets.token_hex(3)}",
+            "config_identity": config_identity,
+            "commit": commit.commit,
+            "dirty": commit.dirty,
+            **facts,
+        }
+        _fill(working, config, overrides, about, commit.patch)
+        run = RunFolder(working)
+        run.lock()
+        working.rename(path)
+    except BaseException:
+        shutil.rmtree(working, ignore_errors=True)
+        raise
+    durable.sync(runs_dir)
+    run.path = path
+    return run
+
+
+def find_unfinished(runs_dir: Path, name: str, config_identity: str) -> RunFolder | None:
+    """The latest run of this name and configuration that has not finished, whether it is being trained or not."""
+    pattern = re.compile(rf"{re.escape(name)}-{config_identity[:_ID_DIGITS]}(?:-(\d+))?")
+    numbered = []
+    for path in runs_dir.iterdir() if runs_dir.is_dir() else ():
+        match = pattern.fullmatch(path.name)
+        if match and (path / "provenance.json").is_file():
+            numbered.append((int(match[1] or 1), RunFolder(path)))
+    for _, run in sorted(numbered, key=lambda item: item[0], reverse=True):
+        if run.config_identity == config_identity and not run.is_finished():
+            return run
+    return None
+
+
+def _free_path(runs_dir: Path, name: str) -> Path:
+    path, number = runs_dir / name, 1
+    while path.exists():
+        number += 1
+        path = runs_dir / f"{name}-{number}"
+    return path
+
+
+def _fill(
+    path: Path, config: Mapping[str, Any], overrides: Sequence[str], about: Mapping[str, Any], patch: str
+) -> None:
+    for folder in _FOLDERS:
+        (path / folder).mkdir()
+    for file in ("history.jsonl", "metrics.jsonl"):
+        (path / file).touch()
+    texts = {
+        "config.yaml": yaml.safe_dump(redact.values(config), sort_keys=False, allow_unicode=True),
+        "overrides.txt": "".join(f"{redact.override(line)}\n" for line in overrides),
+        "dirty.patch": patch,
+        "provenance.json": json.dumps(redact.values(about), indent=1) + "\n",
+    }
+    for file, text in texts.items():
+        durable.write(path / file, text.encode())

@@ -1,0 +1,91 @@
+"""Append-only files of one JSON object per line, such as metrics.jsonl and history.jsonl.
+
+Every row is one write to the end of the file, so it survives the process at once; `sync` makes it survive the machine.
+A line that a crash cut off is dropped when the file is opened again. Strict JSON: a number that is not finite is
+written as "NaN", "Infinity" or "-Infinity", which Python's float() reads back.
+"""
+
+import json
+import math
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from trainer import durable
+
+
+class Journal:
+    """A file of rows, open for appending; opening it drops a torn last line."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = path.open("ab+", buffering=0)
+        self._file.truncate(_whole_bytes(path))
+
+    def append(self, row: Mapping[str, Any]) -> None:
+        """Adds one row; raises TypeError for values that JSON does not know, OSError for a full disk."""
+        line = json.dumps({key: _finite(value) for key, value in row.items()}, allow_nan=False)
+        self._file.write(line.encode() + b"\n")
+
+    def sync(self) -> None:
+        """Returns when all rows are on the disk."""
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        """Syncs and closes."""
+        self.sync()
+        self._file.close()
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """All whole rows; a torn last line is left out. Raises ValueError naming file and line for one that is not JSON."""
+    if not path.exists():
+        return []
+    rows = []
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            if line.endswith(b"\n"):
+                rows.append(_parse(path, number, line))
+    return rows
+
+
+def keep(path: Path, wanted: Callable[[Mapping[str, Any]], bool]) -> None:
+    """Rewrites the file with the wanted rows only: after a crash it is the old one or the new one."""
+    if not path.exists():
+        return
+    temporary = path.with_name(f".{path.name}.writing")
+    with path.open("rb") as source, temporary.open("wb") as target:
+        for number, line in enumerate(source, start=1):
+            if line.endswith(b"\n") and wanted(_parse(path, number, line)):
+                target.write(line)
+    durable.sync(temporary)
+    temporary.replace(path)
+    durable.sync(path.parent)
+
+
+def _parse(path: Path, number: int, line: bytes) -> dict[str, Any]:
+    try:
+        return json.loads(line)
+    except ValueError as error:
+        raise ValueError(f"{path} line {number} = {line[:60]!r}: expected a JSON object") from error
+
+
+def _finite(value: Any) -> Any:
+    """Also inside lists and objects, such as a histogram."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    return [_finite(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def _whole_bytes(path: Path) -> int:
+    """Bytes up to the end of the last whole line."""
+    size, step = path.stat().st_size, 1 << 16
+    with path.open("rb") as file:
+        for start in range(max(size - step, 0), -step, -step):
+            file.seek(max(start, 0))
+            newline = file.read(step).rfind(b"\n")
+            if newline >= 0:
+                return max(start, 0) + newline + 1
+    return 0

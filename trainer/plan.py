@@ -1,0 +1,163 @@
+"""What a run will be, from its configuration alone: parameters, schedule by stage, training FLOP, memory.
+
+Nothing is allocated and torch is not imported. FLOP take every row for one document (`model.count.training_flops`), so
+they are an upper bound for packed rows, by the little that windows and blocks cost.
+"""
+
+from bisect import bisect_left
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields
+
+from model.config import AttentionMode
+from model.count import Counts, RowFlops, parameters, rule_of_thumb, training_flops
+from model.inventory import TensorSpec, file_tensors, released_tensors
+from trainer import schedule
+from trainer.config import Precision, TrainConfig
+from trainer.schedule import StepPlan
+from trainer.schedule_config import ScheduleConfig
+
+DTYPE_BYTES: dict[Precision, int] = {"fp64": 8, "fp32": 4, "bf16": 2}
+FP32_BYTES = 4
+INT64_BYTES = 8
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Stage:
+    """A stretch of the run with one row length, attention mode and MTP weight; `last` is its last step.
+
+    row_flops: forward and backward of one row, by part. flops: of all its rows.
+    """
+
+    first: StepPlan
+    last: StepPlan
+    row_flops: RowFlops
+    tokens: int
+    flops: int
+
+    @property
+    def steps(self) -> int:
+        return self.last.step - self.first.step + 1
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Memory:
+    """Bytes of the single-process run that the configuration fixes; activations come on top.
+
+    weights: parameters in the run's type (islands at least fp32), router biases and hash tables. masters: fp32 copies
+    of parameters of lower precision. momentum: Muon's, of every matrix. moments: AdamW's two, of the rest.
+    gradients: of the row being computed, in the parameters' types. sums: the exact accumulators, int64.
+    """
+
+    weights: int
+    masters: int
+    momentum: int
+    moments: int
+    gradients: int
+    sums: int
+
+    @property
+    def total(self) -> int:
+        return sum(getattr(self, field.name) for field in fields(self))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Release:
+    """The checkpoint in the released format: tensors, scales included, and their bytes."""
+
+    tensors: int
+    size_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Plan:
+    """Everything `keel plan` prints."""
+
+    name: str
+    counts: Counts
+    release: Release
+    stages: tuple[Stage, ...]
+    memory: Memory
+    dtype: Precision
+    rule_of_thumb_flops: int
+
+    @property
+    def steps(self) -> int:
+        return sum(stage.steps for stage in self.stages)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of all rows, padding included; the last step may go past schedule.total_tokens."""
+        return sum(stage.tokens for stage in self.stages)
+
+    @property
+    def flops(self) -> int:
+        return sum(stage.flops for stage in self.stages)
+
+
+def plan(config: TrainConfig) -> Plan:
+    """The plan of a run. Raises nothing that TrainConfig does not raise."""
+    stages = tuple(_stages(config))
+    tokens = sum(stage.tokens for stage in stages)
+    return Plan(
+        name=config.name,
+        counts=parameters(config.model),
+        release=_release(config),
+        stages=stages,
+        memory=_memory(config),
+        dtype=config.precision.dtype,
+        rule_of_thumb_flops=rule_of_thumb(config.model, tokens),
+    )
+
+
+def _stages(config: TrainConfig) -> Iterator[Stage]:
+    steps = schedule.plan(config.schedule)
+    borders = [*_first_steps(config.schedule, steps), len(steps)]
+    for begin, end in zip(borders, borders[1:], strict=False):
+        first, last = steps[begin], steps[end - 1]
+        mode: AttentionMode = first.attention
+        row_flops = training_flops(config.model, first.row_length, mode)
+        tokens = last.tokens + last.rows * last.row_length - first.tokens
+        yield Stage(
+            first=first,
+            last=last,
+            row_flops=row_flops,
+            tokens=tokens,
+            flops=tokens // first.row_length * row_flops.total,
+        )
+
+
+def _first_steps(config: ScheduleConfig, steps: Sequence[StepPlan]) -> list[int]:
+    """The steps at which row length, attention mode or MTP weight change, the first step included."""
+    starts = {stage.from_tokens for table in (config.row_length, config.attention, config.mtp_weight) for stage in table}
+    first = {bisect_left(range(len(steps)), start, key=lambda step: steps[step].tokens) for start in starts}
+    return sorted(first - {len(steps)})
+
+
+def _release(config: TrainConfig) -> Release:
+    files = [file for spec in released_tensors(config.model) for file in file_tensors(spec)]
+    return Release(tensors=len(files), size_bytes=sum(file.size_bytes for file in files))
+
+
+def _memory(config: TrainConfig) -> Memory:
+    parts = dict.fromkeys((field.name for field in fields(Memory)), 0)
+    for spec in released_tensors(config.model, experts=1):
+        copies = config.model.n_routed_experts if spec.group == "experts" else 1
+        for part, size in _tensor_memory(spec, DTYPE_BYTES[config.precision.dtype]):
+            parts[part] += copies * spec.size * size
+    return Memory(**parts)
+
+
+def _tensor_memory(spec: TensorSpec, dtype_bytes: int) -> Iterator[tuple[str, int]]:
+    """Bytes per element that one tensor adds to each part."""
+    if spec.stored == "I64":
+        yield "weights", INT64_BYTES
+        return
+    held = max(dtype_bytes, FP32_BYTES) if spec.is_island else dtype_bytes
+    state = max(held, FP32_BYTES)
+    yield "weights", held
+    if spec.kind == "buffer":
+        return
+    yield "masters", state if held < state else 0
+    yield ("momentum", state) if spec.kind == "matrix" else ("moments", 2 * state)
+    yield "gradients", held
+    yield "sums", INT64_BYTES
