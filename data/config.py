@@ -43,7 +43,9 @@ class TokenizerConfig:
     path: str = ""
 
     def __post_init__(self) -> None:
-        _require(self.vocab_size >= 260, "vocab_size", self.vocab_size, "at least 260: 256 bytes, 3 special tokens, a merge")
+        _require(
+            self.vocab_size >= 260, "vocab_size", self.vocab_size, "at least 260: 256 bytes, 3 special tokens, a merge"
+        )
         _require(self.kind != "file" or self.path != "", "path", repr(self.path), "the path of a tokenizer.json")
 
 

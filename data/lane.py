@@ -3,7 +3,6 @@
 import bisect
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Literal
 
 import numpy as np
 
@@ -11,8 +10,8 @@ from data.batch import Row
 from data.chunks import Chunks
 from data.pack import Packing, pack
 from data.permute import Permutation, derive_key
+from data.split import SplitName
 
-SplitName = Literal["train", "validation"]
 PLANS_IN_MEMORY = 4
 """Packed chunks kept per lane: neighbouring rows share one; 10,000 rows of 5 documents take about 1 MB."""
 

@@ -1,27 +1,32 @@
 """From a configuration to rows: find the text, split it, train or load the tokenizer, tokenise, open both streams."""
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
 from data.chunks import Chunks, StoredChunks
 from data.config import DataConfig, Report
-from data.lane import SplitName
 from data.source import StreamReader, read_documents
-from data.split import Documents, Split, content_hash, make_split, select
+from data.split import Documents, Split, SplitName, content_hash, hash_of_hashes, make_split, select
 from data.store import open_store
 from data.stream import Segment, Stream
 from data.streamed import StreamedChunks
 from data.tokenizer import TRAINING_BYTES, Tokenizer, open_tokenizer, training_sample
 
+VALIDATION_SEED = 0
+"""Held-out rows are the same for every seed of a run, so that runs can be compared."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Data:
-    """All that a run reads."""
+    """All that a run reads; `validation` has the segments of `train`, of which only the row lengths matter."""
 
     tokenizer: Tokenizer
     train: Stream
     validation: Stream
+    fingerprint: str
+    """Names the tokenizer and every document of the local sources: a resumed run must find the same."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -43,8 +48,14 @@ def open_data(config: DataConfig, segments: Sequence[Segment], seed: int, report
     return Data(
         tokenizer=tokenizer,
         train=_open_split("train", config, texts, tokenizer, segments, seed, report),
-        validation=_open_split("validation", config, texts, tokenizer, segments, seed, report),
+        validation=_open_split("validation", config, texts, tokenizer, segments, VALIDATION_SEED, report),
+        fingerprint=_fingerprint(texts, tokenizer),
     )
+
+
+def _fingerprint(texts: _Texts, tokenizer: Tokenizer) -> str:
+    found = [(name, hash_of_hashes(documents.hashes)) for name, documents in sorted(texts.local.items())]
+    return hashlib.sha256(repr((tokenizer.fingerprint, found)).encode()).hexdigest()
 
 
 def _open_texts(config: DataConfig, report: Report) -> _Texts:
@@ -62,7 +73,7 @@ def _open_texts(config: DataConfig, report: Report) -> _Texts:
 def _training_sample(config: DataConfig, texts: _Texts) -> Documents:
     """Return the text a tokenizer is trained on: training documents of every source, by the weights of the mixture.
 
-    Local sources give their first documents (in the order of hashes: a fair sample), streams those of their first chunk.
+    Local sources give their first documents (by hash, so a fair sample), streams those of their first chunk.
     """
     whole = sum(source.weight for source in config.sources.values())
     parts = []

@@ -3,8 +3,11 @@
 import hashlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 from data.config import DataConfig
+
+SplitName = Literal["train", "validation"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -59,9 +59,7 @@ def open_store(
     return store
 
 
-def _tokenise(
-    label: str, documents: Documents, tokenizer: Tokenizer, report: Report
-) -> tuple[np.ndarray, np.ndarray]:
+def _tokenise(label: str, documents: Documents, tokenizer: Tokenizer, report: Report) -> tuple[np.ndarray, np.ndarray]:
     parts, lengths = [], [0]
     total_bytes, done_bytes = documents.num_bytes, 0
     last_report = time.monotonic()

@@ -8,11 +8,9 @@ import numpy as np
 
 from data.batch import Batch, build_batch
 from data.chunks import Chunks
-from data.lane import Lane, SplitName
+from data.lane import Lane
 from data.mixture import Blend
-
-VALIDATION_SEED = 0
-"""Held-out rows are the same for every seed of a run, so that runs can be compared."""
+from data.split import SplitName
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -32,7 +30,7 @@ class Stream:
 
     train: each segment takes whole chunks from where the one before it stopped; no piece of a document is seen twice
     within an epoch, and each epoch has an order of its own. validation: every segment starts at the first held-out
-    chunk, whatever the seed, and after the last held-out row the same rows come again.
+    chunk, and after the last held-out row the same rows come again.
     """
 
     def __init__(
@@ -52,8 +50,7 @@ class Stream:
         self.segments = tuple(segments)
         self._sources: tuple[Chunks, ...] = tuple(sources)
         self._split: SplitName = split
-        self._seed = seed if split == "train" else VALIDATION_SEED
-        self._padding_id = padding_id
+        self._seed, self._padding_id = seed, padding_id
         self._blend = Blend(weights)
         self._lane = lru_cache(None)(self._make_lane)
 

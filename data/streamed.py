@@ -3,7 +3,7 @@
 import hashlib
 import io
 from collections.abc import Iterator
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
@@ -18,6 +18,8 @@ from data.tokenizer import Tokenizer
 
 CHUNKS_IN_MEMORY = 2
 """The chunk in use and the one before or after it."""
+NOTES_IN_MEMORY = 16
+"""Notes are small and on disk; they are used in order."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -52,13 +54,15 @@ class StreamedChunks:
         self.name = name
         self._reader, self._tokenizer, self._split, self._held_out = reader, tokenizer, split, held_out
         self._chunk_documents = config.chunk_documents
-        source = (*astuple(config.sources[name]), config.chunk_documents, held_out, tokenizer.fingerprint)
-        key = repr((*source, split.fraction, sorted(split.extra)))
+        source = config.sources[name]
+        records = (source.path, source.field, source.name, source.split, config.chunk_documents)
+        key = repr((*records, tokenizer.fingerprint, split.fraction, sorted(split.extra), held_out))
         self._folder = cache_folder(config.cache_dir, f"streams/{hashlib.sha256(key.encode()).hexdigest()[:32]}")
         self._num_chunks: int | None = None
         self._num_known = 0
         self._read = lru_cache(CHUNKS_IN_MEMORY)(self._read_chunk)
-        self._note = lru_cache(None)(self._find_note)
+        self._checked = lru_cache(CHUNKS_IN_MEMORY)(self._check_chunk)
+        self._note = lru_cache(NOTES_IN_MEMORY)(self._find_note)
 
     def locate(self, position: int) -> tuple[int, int]:
         """Return the epoch and the number within it of the chunk at a position.
@@ -81,12 +85,8 @@ class StreamedChunks:
         return self._note(number).lengths
 
     def load(self, epoch: int, number: int) -> Chunk:
-        """Return a chunk with its tokens in memory; raises ValueError when the stream has changed since it was noted."""
-        note, (records, chunk) = self._note(number), self._read(number)
-        if records != note.records or not np.array_equal(chunk.lengths, note.lengths):
-            expected = f"the stream that {self._folder} has notes of; it gives other documents now, delete the notes"
-            raise ValueError(f"data.sources.{self.name} = chunk {number}: expected {expected}")
-        return chunk
+        """Return a chunk with its tokens in memory; raises ValueError when the stream no longer fits its notes."""
+        return self._checked(number)
 
     def documents(self) -> Iterator[np.ndarray]:
         """Yield every document up to the end of the stream, int32 [tokens]."""
@@ -96,6 +96,13 @@ class StreamedChunks:
             for start, length in zip(chunk.starts.tolist(), chunk.lengths.tolist(), strict=True):
                 yield chunk.tokens[start : start + length]
             position += 1
+
+    def _check_chunk(self, number: int) -> Chunk:
+        note, (records, chunk) = self._note(number), self._read(number)
+        if records != note.records or not np.array_equal(chunk.lengths, note.lengths):
+            expected = f"the stream that {self._folder} has notes of; it gives other documents now, delete the notes"
+            raise ValueError(f"data.sources.{self.name} = chunk {number}: expected {expected}")
+        return chunk
 
     def _read_chunk(self, number: int) -> tuple[int, Chunk]:
         texts = self._reader.read(number * self._chunk_documents, self._chunk_documents)

@@ -2,7 +2,7 @@
 
 import hashlib
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -90,13 +90,13 @@ class Tokenizer:
             raise ValueError(f"{self._origin}: expected a byte-level tokenizer.json, which keeps every byte of a text")
 
 
-def open_tokenizer(config: DataConfig, sample: Documents, report: Report) -> Tokenizer:
-    """Return the configured tokenizer; a `bpe` is trained on `sample` unless the cache holds it.
+def open_tokenizer(config: DataConfig, sample: Callable[[], Documents], report: Report) -> Tokenizer:
+    """Return the configured tokenizer; a `bpe` is trained on what `sample` returns, unless the cache holds it.
 
     Raises ValueError for a file that is not a byte-level tokenizer.json.
     """
     if config.tokenizer.kind == "bpe":
-        return _cached_bpe(config, sample, report)
+        return _cached_bpe(config, sample(), report)
     if config.tokenizer.kind == "deepseek":
         return _load(_deepseek_path(), "data.tokenizer.kind = deepseek")
     return _load(Path(config.tokenizer.path).expanduser(), f"data.tokenizer.path = {config.tokenizer.path}")

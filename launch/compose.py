@@ -1,8 +1,8 @@
 """From YAML files and command-line words to one frozen TrainConfig: the door to Hydra, OmegaConf and pydantic.
 
-Hydra chooses and merges the files of `configs/` and parses the overrides; the dataclasses say which keys exist, so a key
-with a default can be overridden although no YAML file spells it; pydantic checks strictly, once. Everything a user can
-get wrong is a ValueError "key = value: expected ...", and each leaf knows where its value came from.
+Hydra chooses and merges the files of `configs/` and parses the overrides; the dataclasses say which keys exist, so that
+a key with a default can be overridden although no YAML file spells it; pydantic checks strictly, once. Everything a
+user can get wrong is a ValueError "key = value: expected ...", and each leaf knows where its value came from.
 """
 
 import difflib
@@ -56,8 +56,10 @@ def compose(overrides: Sequence[str], configs: Path = CONFIGS) -> Composition:
             _apply(tree, override)
             touched |= _touched(override)
     values = _plain(tree)
-    origin = {leaf: COMMAND_LINE if any(_within(leaf, key) or _within(key, leaf) for key in touched) else origin[leaf]
-              for leaf in schema.flatten(values)}
+    origin = {
+        leaf: COMMAND_LINE if any(_within(leaf, key) or _within(key, leaf) for key in touched) else origin[leaf]
+        for leaf in schema.flatten(values)
+    }
     return Composition(config=validate(values), origin=origin)
 
 
@@ -104,8 +106,10 @@ def _parse(text: str, groups: Collection[str] = ()) -> Override:
 
 
 def _malformed(key: str, value: str) -> ValueError:
-    return ValueError(f"{key} = {schema.show(value)}: expected KEY=VALUE in Hydra's syntax "
-                      "(quote a text that has commas, brackets or quotation marks)")
+    return ValueError(
+        f"{key} = {schema.show(value)}: expected KEY=VALUE in Hydra's syntax "
+        "(quote a text that has commas, brackets or quotation marks)"
+    )
 
 
 def _is_choice(override: Override, groups: set[str], configs: Path) -> bool:
@@ -142,8 +146,10 @@ def _merge_files(choice_texts: list[str], configs: Path) -> tuple[DictConfig, di
         group, _, name = str(error.missing_cfg_file).rpartition("/")
         raise ValueError(f"{group} = {name}: expected one of {', '.join(error.options or [])}") from None
     except HydraException as error:
-        raise ValueError(f"overrides = {' '.join(choice_texts)}: expected a composition Hydra accepts; it says: "
-                         f"{schema.show(str(error))}") from None
+        raise ValueError(
+            f"overrides = {' '.join(choice_texts)}: expected a composition Hydra accepts; it says: "
+            f"{schema.show(str(error))}"
+        ) from None
     except (yaml.YAMLError, OmegaConfBaseException) as error:
         raise ValueError(f"configs = {configs}: expected valid YAML; {schema.show(str(error))}") from None
     origin: dict[str, str] = {}
@@ -153,7 +159,7 @@ def _merge_files(choice_texts: list[str], configs: Path) -> tuple[DictConfig, di
             content = {name: value for name, value in _load(file).items() if name != "defaults"}
             prefix = f"{entry.package}." if entry.package else ""
             shown = f"{configs.name}/{entry.config_path}.yaml"
-            origin |= {key: shown for key in schema.flatten(content, prefix)}
+            origin |= dict.fromkeys(schema.flatten(content, prefix), shown)
     OmegaConf.set_struct(tree, False)
     return tree, origin
 
@@ -170,14 +176,20 @@ def _apply(tree: DictConfig, override: Override) -> None:
         for entry in schema.dict_prefixes(TrainConfig, path):
             section, name = ".".join(entry[:-1]), ".".join(entry)
             present = list(OmegaConf.select(tree, section) or {})
-            _require(entry[-1] in present, key, override.value(),
-                     f"an entry of {section} that exists ({', '.join(present) or 'none'}) or a + before the key "
-                     f"for a new one, +{name}")
+            _require(
+                entry[-1] in present,
+                key,
+                override.value(),
+                f"an entry of {section} that exists ({', '.join(present) or 'none'}) or a + before the key "
+                f"for a new one, +{name}",
+            )
     try:
         OmegaConf.update(tree, key, override.value(), merge=True, force_add=True)
     except (OmegaConfBaseException, AssertionError, IndexError, TypeError):
-        raise ValueError(f"{key} = {schema.show(override.value())}: expected a place that can be set; "
-                         f"{'.'.join(path[:-1])} is no section with that entry") from None
+        raise ValueError(
+            f"{key} = {schema.show(override.value())}: expected a place that can be set; "
+            f"{'.'.join(path[:-1])} is no section with that entry"
+        ) from None
 
 
 def _plain(tree: DictConfig) -> dict[str, Any]:
@@ -185,8 +197,10 @@ def _plain(tree: DictConfig) -> dict[str, Any]:
         return OmegaConf.to_container(tree, resolve=True)
     except OmegaConfBaseException as error:
         text = schema.flatten(OmegaConf.to_container(tree)).get(str(error.full_key))
-        raise ValueError(f"{error.full_key} = {schema.show(text)}: expected an interpolation that can be resolved; "
-                         f"{schema.show(str(error).splitlines()[0])}") from None
+        raise ValueError(
+            f"{error.full_key} = {schema.show(text)}: expected an interpolation that can be resolved; "
+            f"{schema.show(str(error).splitlines()[0])}"
+        ) from None
 
 
 def _load(path: Path) -> dict[str, Any]:

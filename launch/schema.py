@@ -17,9 +17,15 @@ LONGEST_VALUE = 120
 NAMES_SHOWN = 8
 """Keys of a section listed in an error."""
 
-WORDS: Mapping[Any, str] = types.MappingProxyType({
-    int: "an integer", float: "a number", str: "a text", bool: "true or false", types.NoneType: "null",
-})
+WORDS: Mapping[Any, str] = types.MappingProxyType(
+    {
+        int: "an integer",
+        float: "a number",
+        str: "a text",
+        bool: "true or false",
+        types.NoneType: "null",
+    }
+)
 
 
 @functools.cache
@@ -35,6 +41,15 @@ def lookup(kind: Any, path: Sequence[str]) -> Any | None:
         if kind is None:
             return None
     return kind
+
+
+def owner_file(kind: Any, path: Sequence[str]) -> str:
+    """The source file of the class that has the last name of `path` as its field."""
+    owner = kind
+    for name in path[:-1]:
+        kind = _strip_optional(_child(_strip_optional(kind), name))
+        owner = kind if is_dataclass(kind) else owner
+    return f"{owner.__module__.replace('.', '/')}.py"
 
 
 def dict_prefixes(kind: Any, path: Sequence[str]) -> Iterator[tuple[str, ...]]:

@@ -84,7 +84,7 @@ class _CrossEntropySum(torch.autograd.Function):
             total = total - log_p_PV.gather(-1, target).masked_fill(~learned, 0).sum()
             if needed:
                 grad_PV = log_p_PV.exp_()
-                grad_PV.scatter_add_(-1, target, grad_PV.new_full((1, 1), -1).expand_as(target))
+                grad_PV.scatter_(-1, target, grad_PV.gather(-1, target) - 1)
                 grad_PV.mul_(learned)
                 grad_h[rows] = grad_PV @ weight
                 grad_weight.addmm_(grad_PV.T, h)

@@ -111,12 +111,12 @@ def read_manifest(path: Path) -> Manifest:
 
 
 def newest_valid(folder: Path, report: Callable[[str], None]) -> tuple[Path, Loaded] | None:
-    """The newest checkpoint that verifies, or None; each one passed over is reported by name and reason. Changes nothing."""
+    """The newest checkpoint that verifies, or None; one line of report for each that does not. Changes nothing."""
     return _search(folder, lambda path, error: report(f"checkpoint {path.name} cannot be used: {error}"))
 
 
 def recover(folder: Path, report: Callable[[str], None]) -> tuple[Path, Loaded] | None:
-    """`newest_valid` for the process that will write here: sets aside what cannot be used, removes unfinished folders."""
+    """`newest_valid` for the process that will write here: sets aside what is unusable, deletes what is unfinished."""
 
     def reject(path: Path, error: CheckpointError) -> None:
         aside = set_aside(path)

@@ -61,6 +61,8 @@ class ValidationConfig:
 
     every_steps: int = 50
     rows: int = 32
+    bigram: bool = False
+    """Fit a bigram model on the whole training split at the end and print its loss beside the model's."""
 
     def __post_init__(self) -> None:
         require(self.every_steps > 0, "every_steps", self.every_steps, "a positive number of steps")

@@ -97,8 +97,11 @@ class RunFolder:
             self._lock = None
 
     def begin(self, kind: Literal["start", "resume"], step: int, versions: Mapping[str, str]) -> None:
-        """Notes that training goes on from `step`, and drops metrics of later steps, so that they read as one run."""
-        journal.keep(self.path / "metrics.jsonl", lambda row: row["step"] <= step)
+        """Notes that training goes on from `step`, and drops metrics of later steps, so that they read as one run.
+
+        "start" drops them all: without a checkpoint, step 0 comes again too.
+        """
+        journal.keep(self.path / "metrics.jsonl", lambda row: kind == "resume" and row["step"] <= step)
         self._metrics = journal.Journal(self.path / "metrics.jsonl")
         self._note({"event": kind, "step": step, "versions": dict(versions)})
 
@@ -107,12 +110,13 @@ class RunFolder:
         self._note({"event": "end", "step": step, "reason": redact.in_text(reason)})
 
     def append_metrics(self, row: Mapping[str, Any]) -> None:
-        """Adds one row, with its `step`, to metrics.jsonl; it survives a kill at once, a power cut after `sync_metrics`."""
+        """Adds one row, which has a `step`; it survives a kill from now on, a power cut after `sync_metrics`."""
         assert self._metrics is not None, "begin() opens the metrics"
-        self._metrics.append({"step": int(row["step"]), **row})
+        assert "step" in row, "begin() drops rows by their step"
+        self._metrics.append(row)
 
     def sync_metrics(self) -> None:
-        """Puts all rows on the disk. Call it before a checkpoint is submitted, so that no row is older than the resume."""
+        """Puts all rows on the disk; before a checkpoint of step s is submitted, so that no row up to s can be lost."""
         assert self._metrics is not None, "begin() opens the metrics"
         self._metrics.sync()
 

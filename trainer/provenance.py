@@ -1,4 +1,4 @@
-"""What a run ran on: versions, device, commit. Nothing from the environment, no command line, no host or remote names."""
+"""What a run ran on: versions, device, commit. No environment, no command line, no names of hosts or remotes."""
 
 import importlib.metadata
 import platform
@@ -61,7 +61,7 @@ def facts(*, device: str, dtype: str) -> dict[str, Any]:
 def compare(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """One line per difference between two `facts` after which bits may differ; an empty list keeps the promise.
 
-    The processor's name counts only for GPUs: on CPUs the instruction set and the vendor's name in it decide.
+    The device's name counts only for GPUs: on CPUs the instruction set decides.
     """
     keys = [key for key in BITS_DEPEND_ON if key != "device_name" or now.get("device") != "cpu"]
     return [
@@ -79,15 +79,16 @@ def commit(checkout: Path = CHECKOUT) -> Commit:
         return Commit(commit=None, dirty=False, patch="")
     status = _git(checkout, "status", "--porcelain", "--untracked-files=no") or ""
     patch = _git(checkout, "diff", "HEAD", "--no-color", "--no-ext-diff", "--no-textconv", "--submodule=short") or ""
-    return Commit(commit=head.strip(), dirty=status.strip() != "", patch=_capped(redact.in_text(patch)))
+    return Commit(commit=head.strip(), dirty=status.strip() != "", patch=redact.in_text(_capped(patch)))
 
 
 def _capped(patch: str) -> str:
-    size = len(patch.encode())
-    if size <= PATCH_BYTES:
+    """Whole lines only: half a line could hide from `redact` that it has credentials in it."""
+    content = patch.encode()
+    if len(content) <= PATCH_BYTES:
         return patch
-    kept = patch.encode()[:PATCH_BYTES].decode(errors="ignore")
-    return f"{kept}\n[cut here: the first {PATCH_BYTES} of {size} bytes]\n"
+    kept = content[: content.rfind(b"\n", 0, PATCH_BYTES) + 1]
+    return f"{kept.decode()}[cut here: the first {len(kept)} of {len(content)} bytes]\n"
 
 
 def _git(checkout: Path, *arguments: str) -> str | None:

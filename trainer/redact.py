@@ -9,15 +9,14 @@ from collections.abc import Mapping
 from typing import Any
 
 HIDDEN = "[redacted]"
-_SECRET = frozenset(
-    "secret secrets password passwords passwd pwd passphrase credential credentials apikey authorization cookie".split()
-)
-_MAYBE = frozenset("key keys token tokens".split())
-_LAST = frozenset("key token".split())
-_QUERY = frozenset("sig signature auth sas jwt code".split())
+_SECRET = frozenset(("secret", "secrets", "password", "passwords", "passwd", "pwd", "passphrase", "apikey", "cookie"))
+_SECRET |= frozenset(("credential", "credentials", "authorization"))
+_MAYBE = frozenset(("key", "keys", "token", "tokens"))
+_LAST = frozenset(("key", "token"))
+_QUERY = frozenset(("sig", "signature", "auth", "sas", "jwt", "code"))
 _WORD = re.compile(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])")
 _PLAIN = re.compile(r"\s*([-+]?[\d_]*\.?\d*([eE][-+]?\d+)?|true|false|null|none)\s*", re.IGNORECASE)
-_USER = re.compile(r"(?<=://)(?!\w[\w.-]*:\d+/)(?:[^/\s\"'@]*:[^\s\"']*|[^/\s\"']*)@")
+_USER = re.compile(r"(?<=://)(?!\w[\w.-]*:\d+/)(?:[^/:\s\"'@]{0,99}:[^\s\"']{0,999}|[^/\s\"']{0,999})@")
 _PARAMETER = re.compile(r"(?<=[?&;#])([\w.~-]+)=([^&;\s\"'#]+)")
 _SHAPE = re.compile(
     r"\b(?:hf_\w{16,}|sk-[\w-]{16,}|gh[opsur]_\w{16,}|github_pat_\w{16,}|glpat-[\w-]{16,}|xox[abprs]-[\w-]{10,}"
@@ -25,8 +24,12 @@ _SHAPE = re.compile(
     r"|(?i:(?<=bearer )|(?<=basic ))[\w.~+/=-]{8,}"
     r"|-----BEGIN [A-Z ]*PRIVATE KEY-----[\s\S]*?(?:-----END [A-Z ]*PRIVATE KEY-----|$)"
 )
-_QUOTED_PAIR = re.compile(r"(?P<name>[\w.-]+)(?P<between>[\"']?\s*[:=]\s*)(?P<value>\"[^\"\n]+\"|'[^'\n]+')")
-_PAIR = re.compile(r"(?P<name>[\w.-]+)(?P<between>[\"']?\s*[:=]\s*)(?P<value>\"[^\"\n]+\"|'[^'\n]+'|[^\s,}\]\"']+)")
+_QUOTED_PAIR = re.compile(
+    r"(?<![\w.-])(?P<name>[\w.-]{1,99})(?P<between>[\"']?\s*[:=]\s*)(?P<value>\"[^\"\n]+\"|'[^'\n]+')"
+)
+_PAIR = re.compile(
+    r"(?<![\w.-])(?P<name>[\w.-]{1,99})(?P<between>[\"']?\s*[:=]\s*)(?P<value>\"[^\"\n]+\"|'[^'\n]+'|[^\s,}\]\"']+)"
+)
 
 
 def values(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Writing checkpoints beside training: a snapshot at once, the disk in the background, old checkpoints removed after."""
+"""Writing checkpoints beside training: a snapshot at once, the disk in the background, then old checkpoints go."""
 
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -74,7 +74,7 @@ class Writer:
 
 
 def prune(folder: Path, keep_last: int, keep_every_steps: int) -> None:
-    """Deletes committed checkpoints except the newest `keep_last` and those at multiples of `keep_every_steps` (if not 0).
+    """Deletes committed checkpoints but the newest `keep_last` and those at multiples of `keep_every_steps` (0: none).
 
     Folders without a COMMIT that matches are neither counted nor touched. Raises OSError.
     """

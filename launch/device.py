@@ -1,0 +1,37 @@
+"""Is there an NVIDIA driver on this machine, and does the installed torch make use of it?
+
+Importing this file needs nothing but the standard library: the bootstrap asks it before anything is installed.
+"""
+
+import os
+import shutil
+import sys
+from pathlib import Path
+
+DRIVER_FILES = ("/proc/driver/nvidia/version", "/dev/nvidiactl", "/usr/lib/wsl/lib/libcuda.so.1")
+"""Linux, Linux in a sandbox that hides /proc, and Linux inside Windows."""
+
+
+def nvidia_driver() -> bool:
+    """Whether this machine has an NVIDIA driver; nothing is started to find out."""
+    if sys.platform == "win32":
+        return shutil.which("nvidia-smi") is not None
+    return any(os.path.exists(path) for path in DRIVER_FILES)
+
+
+def refuse_idle_gpu(device: str) -> None:
+    """Raise ValueError if the choice of device is ours and a GPU would stand idle for want of a CUDA build of torch."""
+    if device != "auto" or not nvidia_driver():
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        raise ValueError(
+            f"device = auto: expected a torch that sees this machine's NVIDIA GPU, not {torch.__version__}; set the "
+            "environment up again (remove .venv; KEEL_TORCH_INDEX names an index with CUDA builds) or say device=cpu"
+        )
+
+
+def checkout() -> Path:
+    """The folder that holds `launch`, `configs` and the other five."""
+    return Path(__file__).resolve().parent.parent

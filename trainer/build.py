@@ -1,0 +1,91 @@
+"""From configuration to the parts of a step: model, optimizer, sums, in the order that matters."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from data.open import Data, open_data
+from data.stream import Segment
+from model import names
+from model.init import initialize
+from model.transformer import Transformer
+from optim.groups import Member
+from optim.optimizer import Optimizer
+from trainer import schedule
+from trainer.config import TrainConfig
+from trainer.device import DTYPES
+from trainer.parallel.reduce import ExactSum
+from trainer.schedule import StepPlans
+from trainer.step import Parts
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Built:
+    """Everything a loop needs. plans: what each step does, by number."""
+
+    config: TrainConfig
+    data: Data
+    parts: Parts
+    plans: StepPlans
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All tensors of a checkpoint: the model's parameters and buffers, and the optimizer's state."""
+        of_model = {f"model/{name}": tensor for name, tensor in names.tensors(self.parts.model).items()}
+        return of_model | {f"optimizer/{name}": value for name, value in self.parts.optimizer.state_dict().items()}
+
+    def restore(self, tensors: dict[str, Tensor]) -> None:
+        """Put back what `tensors` gave; every name must be there with its shape."""
+        mine = names.tensors(self.parts.model)
+        assert set(mine) == {name.removeprefix("model/") for name in tensors if name.startswith("model/")}
+        with torch.no_grad():
+            for name, tensor in mine.items():
+                tensor.copy_(tensors[f"model/{name}"])
+        prefix = "optimizer/"
+        state = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+        self.parts.optimizer.load_state_dict(state)
+
+
+def read_data(config: TrainConfig, report) -> Data:
+    """Open the data of the run; ValueError where the tokenizer has ids that the model has no rows for."""
+    segments = [Segment(row_length=length, rows=rows) for length, rows in schedule.segments(config.schedule)]
+    data = open_data(config.data, segments, config.seed, report)
+    if data.tokenizer.vocab_size > config.model.vocab_size:
+        raise ValueError(
+            f"model.vocab_size = {config.model.vocab_size}: expected at least the {data.tokenizer.vocab_size} "
+            f"entries of the tokenizer (data.tokenizer.kind={config.data.tokenizer.kind})"
+        )
+    return data
+
+
+def build(config: TrainConfig, data: Data, device: torch.device) -> Built:
+    """Make the model with its initial values on the device, then its optimizer and sums."""
+    model = build_model(config, device)
+    shared = {name: tensor for name, tensor in model.named_parameters() if names.alias_of(name) is None}
+    logicals = list(names.logical_tensors(config.model))
+    members = [
+        Member(
+            name=one.name, parameter=one.parameter, start=one.start, stop=one.stop, kind=one.kind, group=one.group
+        )
+        for one in logicals
+    ]
+    dtype = torch.float64 if config.precision.dtype == "fp64" else torch.float32
+    parts = Parts(
+        model=model,
+        optimizer=Optimizer(shared, members, config.optim),
+        sums=ExactSum({name: tensor.shape for name, tensor in shared.items()}, dtype=dtype, device=device),
+        stream=data.train,
+        loss=config.loss,
+        groups={one.parameter: one.group for one in logicals},
+        device=device,
+    )
+    return Built(config=config, data=data, parts=parts, plans=schedule.plan(config.schedule))
+
+
+def build_model(config: TrainConfig, device: torch.device) -> Transformer:
+    """The model with its initial values, on the device."""
+    model = Transformer(config.model, DTYPES[config.precision.dtype])
+    initialize(model, config.init, config.seed)
+    model.to(device)
+    model.share_weights()
+    return model

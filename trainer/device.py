@@ -1,0 +1,22 @@
+"""The device of a run and the settings that make its bits repeatable."""
+
+import torch
+
+from trainer.config import TrainConfig
+
+DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def settle(config: TrainConfig) -> torch.device:
+    """Choose the device, fix the thread count, switch deterministic algorithms on; ValueError if there is no GPU.
+
+    CUBLAS_WORKSPACE_CONFIG, which CUDA needs for deterministic products, is set by `launch` before torch starts.
+    """
+    torch.set_num_threads(config.threads)
+    torch.use_deterministic_algorithms(config.deterministic)
+    # Filling fresh memory guards against reads of it, which no kernel here does, and costs thousands of passes a step.
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    available = torch.cuda.is_available()
+    if config.device == "cuda" and not available:
+        raise ValueError("device = cuda: expected an NVIDIA GPU that this torch can use; found none")
+    return torch.device("cuda" if available and config.device != "cpu" else "cpu")

@@ -1,0 +1,124 @@
+"""One packed row through the model: the leaf of every sum. Losses by term as sums, gradients into `p.grad`."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from data.batch import Batch
+from model.block import BlockStatistics, TermScales
+from model.config import AttentionMode
+from model.losses import TermCounts, count, cross_entropy_sum, mtp_target
+from model.transformer import Output, Transformer
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RowSums:
+    """Sums over one row. Losses in nats: lm, mtp over targets; balance, indexer by layer, None where a layer has none.
+
+    load_LE: int64 counted tokens per expert and layer, the MTP block last. entropy_L: router entropy by layer.
+    recall: (hits, picks) of the indexer over all CSA layers, if measured.
+    """
+
+    lm: float
+    mtp: float
+    balance_L: tuple[float | None, ...]
+    indexer_L: tuple[float | None, ...]
+    load_LE: Tensor
+    entropy_L: tuple[float, ...]
+    recall: tuple[int, int]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Weights:
+    """What one token's terms weigh in the loss of the step: weight / count over the whole step."""
+
+    lm: float
+    mtp: float
+    layers: TermScales
+
+
+def weigh(counts: TermCounts, *, mtp: float, balance: float, indexer: float) -> Weights:
+    """The loss's weights from the terms' own weights and their denominators over the step."""
+    return Weights(
+        lm=_per(1.0, counts.lm),
+        mtp=_per(mtp, counts.mtp),
+        layers=TermScales(
+            balance=_per(balance, counts.tokens),
+            mtp_balance=_per(balance, counts.mtp_tokens),
+            indexer=_per(indexer, counts.indexer),
+        ),
+    )
+
+
+def _per(weight: float, count: int) -> float:
+    return weight / count if count else 0.0
+
+
+def pick(batch: Batch, index: int, device: torch.device) -> Batch:
+    """Row `index` of a batch as a batch of one, on the device."""
+    one = slice(index, index + 1)
+    return Batch(
+        token_BT=batch.token_BT[one].to(device),
+        target_BT=batch.target_BT[one].to(device),
+        document_BT=batch.document_BT[one].to(device),
+        position_BT=batch.position_BT[one].to(device),
+        source_B=batch.source_B[one],
+    )
+
+
+def count_rows(batch: Batch) -> TermCounts:
+    """The denominators of a batch."""
+    return count(batch.target_BT, batch.document_BT, batch.position_BT)
+
+
+def learn(model: Transformer, row: Batch, mode: AttentionMode, weights: Weights) -> RowSums:
+    """Forward and backward of one row, all terms. Gradients are left in the parameters' `grad`."""
+    output = model(row.token_BT, row.document_BT, row.position_BT, mode=mode, scales=weights.layers)
+    lm, mtp = _heads(model, output, row)
+    (lm * weights.lm + mtp * weights.mtp).backward()
+    return _sums(output, lm, mtp)
+
+
+def learn_indexer(model: Transformer, row: Batch, weights: Weights) -> RowSums:
+    """Forward with dense attention and backward of the indexers' terms alone (warm-up stage, V3.2 2.1)."""
+    output = model(row.token_BT, row.document_BT, row.position_BT, mode="indexer_warmup")
+    terms = [layer.indexer.kl_sum for layer in output.layers if layer.indexer is not None]
+    (torch.stack(terms).sum() * weights.layers.indexer).backward()
+    with torch.no_grad():
+        lm, mtp = _heads(model, output, row)
+    return _sums(output, lm, mtp)
+
+
+@torch.no_grad()
+def measure(model: Transformer, row: Batch, mode: AttentionMode) -> RowSums:
+    """Forward only, with the indexer's recall of the dense selection where an indexer runs."""
+    output = model(row.token_BT, row.document_BT, row.position_BT, mode=mode, measure_recall=True)
+    return _sums(output, *_heads(model, output, row))
+
+
+def _heads(model: Transformer, output: Output, row: Batch) -> tuple[Tensor, Tensor]:
+    lm = cross_entropy_sum(output.h_BTD, model.head.weight, row.target_BT)
+    if output.mtp_h_BTD is None:
+        return lm, torch.zeros_like(lm)
+    target_BT = mtp_target(row.target_BT, row.document_BT)
+    return lm, cross_entropy_sum(output.mtp_h_BTD, model.mtp[0].head.weight, target_BT)
+
+
+def _sums(output: Output, lm: Tensor, mtp: Tensor) -> RowSums:
+    layers: tuple[BlockStatistics, ...] = output.layers + ((output.mtp,) if output.mtp else ())
+    indexers = [layer.indexer for layer in layers]
+    recalls = [of.recall.tolist() for of in indexers if of is not None and of.recall is not None]
+    return RowSums(
+        lm=lm.item(),
+        mtp=mtp.item(),
+        balance_L=tuple(_number(layer.router.balance_sum) for layer in layers),
+        indexer_L=tuple(None if of is None else of.kl_sum.item() for of in indexers),
+        load_LE=torch.stack([layer.router.load_E for layer in layers]).cpu(),
+        entropy_L=tuple(layer.router.entropy_sum.item() for layer in layers),
+        recall=(sum(hits for hits, _ in recalls), sum(picks for _, picks in recalls)),
+    )
+
+
+def _number(term: Tensor | None) -> float | None:
+    return None if term is None else term.item()

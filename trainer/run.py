@@ -1,0 +1,153 @@
+"""A run from beginning to end: find or make its folder, build, resume, train, and say how to go on."""
+
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from trainer import checkpoint, folder, provenance
+from trainer.build import Built, build, read_data
+from trainer.checkpoint import Loaded
+from trainer.config import TrainConfig
+from trainer.device import settle
+from trainer.folder import FINISHED, RunFolder
+from trainer.loop import Outlets, attention_after, run_steps
+from trainer.progress import Progress
+from trainer.sample import generate
+from trainer.stop import Stop, on_signals
+from trainer.tracking import Tracker
+from trainer.validate import HeldOut, hold_out
+from trainer.writer import Writer
+
+EXIT_CODES = {"SIGINT": 130, "SIGTERM": 143}
+
+
+def train(
+    config: TrainConfig,
+    *,
+    new: bool = False,
+    overrides: Sequence[str] = (),
+    stop_at: int = sys.maxsize,
+    allow_changes: bool = False,
+) -> int:
+    """Continue the unfinished run of exactly this configuration, or start one; returns the exit code.
+
+    new: start afresh in any case. stop_at: stop before the step of this number, as if asked to. allow_changes: go on
+    although something that decides the bits differs. Raises ValueError for what the user can mend.
+    """
+    device = settle(config)
+    config_identity = folder.identity(asdict(config))
+    found = None if new else folder.find_unfinished(Path(config.runs_dir), config.name, config_identity)
+    if found is not None:
+        print(f"continuing {found.path}: the same configuration, not finished (--new starts afresh)", flush=True)
+        return resume(config, found, stop_at=stop_at, allow_changes=allow_changes)
+    data = read_data(config, _say)
+    facts = _facts(config, str(device), data.fingerprint)
+    made = folder.create(
+        Path(config.runs_dir), config.name, asdict(config), overrides, facts, provenance.commit()
+    )
+    _say(f"run {made.path} on {device}, {config.precision.dtype}, {config.threads} threads")
+    try:
+        return _run(build(config, data, device), made, facts, None, stop_at)
+    finally:
+        made.release()
+
+
+def resume(
+    config: TrainConfig, run_folder: RunFolder, *, stop_at: int = sys.maxsize, allow_changes: bool = False
+) -> int:
+    """Go on from the newest checkpoint that verifies, or from the beginning where there is none; see `train`."""
+    device = settle(config)
+    run_folder.lock()
+    try:
+        if run_folder.is_finished():
+            raise ValueError(f"run = {run_folder.path}: expected an unfinished run, this one is finished")
+        data = read_data(config, _say)
+        facts = _facts(config, str(device), data.fingerprint)
+        _refuse_changes(run_folder.provenance, facts, allow_changes)
+        found = checkpoint.recover(run_folder.checkpoints, _say)
+        built = build(config, data, device)
+        if found is not None:
+            _refuse_changes(found[1].state["facts"], facts, allow_changes)
+            built.restore(found[1].tensors)
+        _say(f"run {run_folder.path}: going on after step {found[1].step if found else 0} of {len(built.plans)}")
+        return _run(built, run_folder, facts, found[1] if found else None, stop_at)
+    finally:
+        run_folder.release()
+
+
+def _run(built: Built, run_folder: RunFolder, facts: Mapping[str, Any], loaded: Loaded | None, stop_at: int) -> int:
+    config, first_step = built.config, loaded.step if loaded else 0
+    held_out = hold_out(built.data, config.validation.rows)
+    outlets = Outlets(
+        folder=run_folder,
+        writer=Writer(run_folder.checkpoints, config.checkpoint.keep_last, config.checkpoint.keep_every_steps),
+        tracker=Tracker(run_folder.path, config.tracking, asdict(config), run_folder.run_id, _say),
+        progress=Progress(len(built.plans), _total_tokens(built)),
+        facts=facts,
+    )
+    run_folder.begin("resume" if loaded else "start", first_step, provenance.versions())
+    stop, done = Stop(), first_step
+    try:
+        with on_signals(stop):
+            done = run_steps(built, outlets, held_out, first_step, stop, stop_at)
+            outlets.writer.close()
+    except BaseException as error:
+        run_folder.end(f"{type(error).__name__}: {error}", done)
+        raise
+    finally:
+        outlets.tracker.close()
+    if done < len(built.plans):
+        reason = stop.reason or f"stop at step {stop_at}"
+        run_folder.end(reason, done)
+        _say(f"stopped after step {done} ({reason}), saved. To go on: {_command('resume', run_folder)}")
+        return EXIT_CODES.get(reason, 0)
+    _finish(built, run_folder, held_out)
+    run_folder.end(FINISHED, done)
+    return 0
+
+
+def _finish(built: Built, run_folder: RunFolder, held_out: HeldOut) -> None:
+    config, mode = built.config, attention_after(built, len(built.plans))
+    final = held_out.measure(built.parts.model, mode)
+    _say(f"held-out loss {final['validation/loss']:.4f} nats, {final['validation/bits_per_byte']:.4f} bits per byte")
+    if config.validation.bigram:
+        bar = held_out.bigram(built.data)
+        _say(f"a bigram model of all {bar.tokens} training tokens: {bar.loss:.4f} nats on the same targets")
+    pieces = generate(built.parts.model, built.data.tokenizer, config.sample, mode, config.seed)
+    text = "".join(pieces)
+    (run_folder.path / "samples" / f"step-{len(built.plans):06}.txt").write_text(text)
+    _say("\n".join(["sample:", *("    " + line for line in text.splitlines())]))
+    _say(f"another sample:  {_command('sample', run_folder)}")
+    _say(f"its curves:      wandb leet {shlex.quote(str(run_folder.path / 'wandb'))}")
+
+
+def _refuse_changes(saved: Mapping[str, Any], now: Mapping[str, Any], allow_changes: bool) -> None:
+    differences = provenance.compare(saved, now)
+    if saved.get("data_fingerprint") != now["data_fingerprint"]:
+        differences.append("the training data or the tokenizer differ")
+    if differences and not allow_changes:
+        raise ValueError(
+            f"resume = {'; '.join(differences)}: expected the same, or --allow-changes, which gives up bit-equality"
+        )
+    for difference in differences:
+        _say(f"bit-equality is off from here on: {difference}")
+
+
+def _facts(config: TrainConfig, device: str, data_fingerprint: str) -> dict[str, Any]:
+    return provenance.facts(device=device, dtype=config.precision.dtype) | {"data_fingerprint": data_fingerprint}
+
+
+def _total_tokens(built: Built) -> int:
+    last = built.plans[len(built.plans) - 1]
+    return last.tokens + last.rows * last.row_length
+
+
+def _command(verb: str, run_folder: RunFolder) -> str:
+    return f"./keel {verb} {shlex.quote(str(run_folder.path))}"
+
+
+def _say(text: str) -> None:
+    print(text, flush=True)

@@ -1,0 +1,33 @@
+"""Stopping a run politely: Ctrl-C and SIGTERM are noted, the loop saves and ends; a second Ctrl-C ends at once."""
+
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+
+class Stop:
+    """`reason` is None until something asks the run to stop: then "SIGINT", "SIGTERM" or a step that was reached."""
+
+    def __init__(self) -> None:
+        self.reason: str | None = None
+
+    def __call__(self) -> bool:
+        return self.reason is not None
+
+
+@contextmanager
+def on_signals(stop: Stop) -> Iterator[None]:
+    """Within the block SIGINT and SIGTERM set `stop.reason`; the old handlers are put back after it."""
+
+    def note(number: int, frame: FrameType | None) -> None:
+        if stop() and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        stop.reason = signal.Signals(number).name
+
+    old = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)

@@ -1,0 +1,42 @@
+"""The held-out loss, on the same rows every time, and the bigram model it is compared with."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from data.batch import Batch
+from data.open import Data
+from model.config import AttentionMode
+from model.transformer import Transformer
+from trainer import metrics, row
+from trainer.baseline import Bigram, bigram
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class HeldOut:
+    """The validation rows, and how many bytes of text each token id stands for."""
+
+    batch: Batch
+    byte_count_V: Tensor
+
+    def measure(self, model: Transformer, mode: AttentionMode) -> dict[str, float]:
+        """The metrics named validation/* and indexer/*; the model is not changed."""
+        device = model.embed.weight.device
+        target_BT = self.batch.target_BT
+        rows = [row.measure(model, row.pick(self.batch, i, device), mode) for i in range(len(target_BT))]
+        num_bytes = int(self.byte_count_V[target_BT[target_BT >= 0]].sum())
+        return metrics.validation(rows, row.count_rows(self.batch), num_bytes)
+
+    def bigram(self, data: Data) -> Bigram:
+        """The bigram model of the whole training split on exactly these targets."""
+        learned_BT = self.batch.target_BT >= 0
+        previous_P, target_P = self.batch.token_BT[learned_BT].numpy(), self.batch.target_BT[learned_BT].numpy()
+        return bigram(data.train.documents(), previous_P, target_P, data.tokenizer.vocab_size)
+
+
+def hold_out(data: Data, rows: int) -> HeldOut:
+    """The first `rows` rows of the validation split."""
+    byte_count_V = torch.from_numpy(np.asarray(data.tokenizer.byte_counts(), dtype=np.int64))
+    return HeldOut(batch=data.validation.rows(0, 0, rows), byte_count_V=byte_count_V)
