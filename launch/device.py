@@ -1,4 +1,4 @@
-"""Is there an NVIDIA driver on this machine, and does the installed torch make use of it?
+"""Is there an NVIDIA driver on this machine, does the installed torch make use of it, and is all set for it?
 
 Importing this file needs nothing but the standard library: the bootstrap asks it before anything is installed.
 """
@@ -17,6 +17,13 @@ def nvidia_driver() -> bool:
     if sys.platform == "win32":
         return shutil.which("nvidia-smi") is not None
     return any(os.path.exists(path) for path in DRIVER_FILES)
+
+
+def prepare(device: str) -> None:
+    """Before torch is first imported to train on `device`: refuse an idle GPU, make CUDA's products repeatable."""
+    # cuBLAS reads this once, when it starts; without it deterministic algorithms refuse matrix products.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    refuse_idle_gpu(device)
 
 
 def refuse_idle_gpu(device: str) -> None:

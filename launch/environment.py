@@ -55,14 +55,16 @@ class Runner:
                 return process.wait(timeout=1) == 0
             now = time.monotonic()
             if sys.stderr.isatty() or now - said_at >= QUIET_S:
-                say(f"{head}: {now - began:.0f} s, {self._last_line()[:60]}", passing=True)
+                say(f"{head}: {now - began:.0f} s  {self._last_line()[:60]}", passing=True)
                 said_at = now
 
     def _lines(self) -> list[str]:
         return self.log.read_text(encoding="utf-8", errors="replace").splitlines()
 
     def _last_line(self) -> str:
-        return (self._lines() or [""])[-1]
+        """What the running command said last; the log's own headings say nothing."""
+        last = (self._lines() or [""])[-1]
+        return "" if last.startswith("[") else last
 
 
 def say(text: str, *, passing: bool = False) -> None:

@@ -5,23 +5,31 @@ from launch.runs import CONFIG_FILE, find_run
 
 HELP = "continue a run from its newest whole checkpoint"
 USAGE = f"""
-keel resume RUN [KEY=VALUE ...]
+keel resume RUN [--allow-changes [KEY=VALUE ...]]
 
 {HELP}.
 
-  RUN          a run's folder, or its name under runs/
-  KEY=VALUE    overrides of what may differ between the parts of a run
+  RUN                a run's folder, or its name under runs/
+  --allow-changes    go on although something differs that may change the bits: versions, threads, or overrides
+  KEY=VALUE          overrides of the run's own configuration
 """
 
 
 def main(argv: list[str]) -> int:
     """Resume; returns the exit code of the run."""
-    words = arguments.parse(argv, {}, USAGE).words
-    folder = find_run(words[0] if words else "")
+    given = arguments.parse(argv, {"--allow-changes": bool}, USAGE)
+    run, *overrides = given.words or ("",)
+    folder, allow_changes = find_run(run), given.flags["--allow-changes"]
+    if overrides and not allow_changes:
+        raise ValueError(
+            f"overrides = {' '.join(overrides)}: expected none, a run goes on as it began; "
+            "or --allow-changes, which gives up bit-equality"
+        )
     from launch.compose import read
 
-    config = read(folder / CONFIG_FILE, words[1:])
-    device.refuse_idle_gpu(config.device)
+    config = read(folder / CONFIG_FILE, overrides)
+    device.prepare(config.device)
+    from trainer.folder import RunFolder
     from trainer.run import resume
 
-    return resume(folder, config, overrides=list(words[1:]))
+    return resume(config, RunFolder(folder), allow_changes=allow_changes)

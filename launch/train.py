@@ -21,7 +21,7 @@ def main(argv: list[str]) -> int:
     from launch.compose import compose
 
     config = compose(words.words).config
-    device.refuse_idle_gpu(config.device)
+    device.prepare(config.device)
     from trainer.run import train
 
     return train(config, new=words.flags["--new"], overrides=list(words.words), json=words.flags["--json"])

@@ -93,17 +93,17 @@ def kl_sum(index: Index, target: Target, parts: tuple[Chunk, ...], counted_BT: T
     for chunk in parts:
         if chunk.entries == 0:
             continue
-            total = total + checkpoint(
-                _chunk_kl,
-                index.q_BTIJ[:, chunk.rows],
-                index.k_BSJ[:, : chunk.entries],
-                index.w_BTI[:, chunk.rows],
-                target,
-                chunk,
-                counted_BT[:, chunk.rows],
-                use_reentrant=False,
-                preserve_rng_state=False,
-            )
+        total = total + checkpoint(
+            _chunk_kl,
+            index.q_BTIJ[:, chunk.rows],
+            index.k_BSJ[:, : chunk.entries],
+            index.w_BTI[:, chunk.rows],
+            target,
+            chunk,
+            counted_BT[:, chunk.rows],
+            use_reentrant=False,
+            preserve_rng_state=False,
+        )
     return total
 
 

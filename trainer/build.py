@@ -64,9 +64,7 @@ def build(config: TrainConfig, data: Data, device: torch.device) -> Built:
     shared = {name: tensor for name, tensor in model.named_parameters() if names.alias_of(name) is None}
     logicals = list(names.logical_tensors(config.model))
     members = [
-        Member(
-            name=one.name, parameter=one.parameter, start=one.start, stop=one.stop, kind=one.kind, group=one.group
-        )
+        Member(name=one.name, parameter=one.parameter, start=one.start, stop=one.stop, kind=one.kind, group=one.group)
         for one in logicals
     ]
     dtype = torch.float64 if config.precision.dtype == "fp64" else torch.float32

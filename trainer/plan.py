@@ -5,10 +5,12 @@ they are an upper bound for packed rows, by the little that windows and blocks c
 """
 
 from bisect import bisect_left
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
+from itertools import pairwise
 
-from model.config import AttentionMode
+from model.config import AttentionMode, ModelConfig
 from model.count import Counts, RowFlops, parameters, rule_of_thumb, training_flops
 from model.inventory import TensorSpec, file_tensors, released_tensors
 from trainer import schedule
@@ -41,7 +43,7 @@ class Stage:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Memory:
-    """Bytes of the single-process run that the configuration fixes; activations come on top.
+    """Bytes that a run in one process holds throughout a step; activations and the update's own copies come on top.
 
     weights: parameters in the run's type (islands at least fp32), router biases and hash tables. masters: fp32 copies
     of parameters of lower precision. momentum: Muon's, of every matrix. moments: AdamW's two, of the rest.
@@ -52,8 +54,8 @@ class Memory:
     masters: int
     momentum: int
     moments: int
-    gradients: int
     sums: int
+    gradients: int
 
     @property
     def total(self) -> int:
@@ -101,7 +103,7 @@ def plan(config: TrainConfig) -> Plan:
     return Plan(
         name=config.name,
         counts=parameters(config.model),
-        release=_release(config),
+        release=_release(config.model),
         stages=stages,
         memory=_memory(config),
         dtype=config.precision.dtype,
@@ -112,7 +114,7 @@ def plan(config: TrainConfig) -> Plan:
 def _stages(config: TrainConfig) -> Iterator[Stage]:
     steps = schedule.plan(config.schedule)
     borders = [*_first_steps(config.schedule, steps), len(steps)]
-    for begin, end in zip(borders, borders[1:], strict=False):
+    for begin, end in pairwise(borders):
         first, last = steps[begin], steps[end - 1]
         mode: AttentionMode = first.attention
         row_flops = training_flops(config.model, first.row_length, mode)
@@ -128,36 +130,51 @@ def _stages(config: TrainConfig) -> Iterator[Stage]:
 
 def _first_steps(config: ScheduleConfig, steps: Sequence[StepPlan]) -> list[int]:
     """The steps at which row length, attention mode or MTP weight change, the first step included."""
-    starts = {stage.from_tokens for table in (config.row_length, config.attention, config.mtp_weight) for stage in table}
+    starts = {
+        stage.from_tokens for table in (config.row_length, config.attention, config.mtp_weight) for stage in table
+    }
     first = {bisect_left(range(len(steps)), start, key=lambda step: steps[step].tokens) for start in starts}
     return sorted(first - {len(steps)})
 
 
-def _release(config: TrainConfig) -> Release:
-    files = [file for spec in released_tensors(config.model) for file in file_tensors(spec)]
-    return Release(tensors=len(files), size_bytes=sum(file.size_bytes for file in files))
+def _tensors(config: ModelConfig) -> Iterator[tuple[TensorSpec, int]]:
+    """Every kind of tensor and how often it occurs: a layer's routed experts are all alike."""
+    for spec in released_tensors(config, experts=1):
+        yield spec, config.n_routed_experts if spec.group == "experts" else 1
+
+
+def _release(config: ModelConfig) -> Release:
+    tensors = size_bytes = 0
+    for spec, copies in _tensors(config):
+        files = file_tensors(spec)
+        tensors += copies * len(files)
+        size_bytes += copies * sum(file.size_bytes for file in files)
+    return Release(tensors=tensors, size_bytes=size_bytes)
 
 
 def _memory(config: TrainConfig) -> Memory:
-    parts = dict.fromkeys((field.name for field in fields(Memory)), 0)
-    for spec in released_tensors(config.model, experts=1):
-        copies = config.model.n_routed_experts if spec.group == "experts" else 1
-        for part, size in _tensor_memory(spec, DTYPE_BYTES[config.precision.dtype]):
-            parts[part] += copies * spec.size * size
-    return Memory(**parts)
+    parts = Counter[str]()
+    for spec, copies in _tensors(config.model):
+        uses = 1 + config.model.num_nextn_predict_layers if spec.kind == "table" else 1
+        for part, size_bytes in _element_bytes(spec, DTYPE_BYTES[config.precision.dtype], uses):
+            parts[part] += copies * spec.size * size_bytes
+    row, reduced = parts.pop("row_gradients"), parts.pop("reduced_gradients")
+    return Memory(**parts, gradients=max(row, reduced))
 
 
-def _tensor_memory(spec: TensorSpec, dtype_bytes: int) -> Iterator[tuple[str, int]]:
-    """Bytes per element that one tensor adds to each part."""
+def _element_bytes(spec: TensorSpec, dtype_bytes: int, uses: int) -> Iterator[tuple[str, int]]:
+    """Bytes per element of one tensor in each part of the memory; `uses`: gradients of its own that a row leaves."""
     if spec.stored == "I64":
         yield "weights", INT64_BYTES
         return
     held = max(dtype_bytes, FP32_BYTES) if spec.is_island else dtype_bytes
-    state = max(held, FP32_BYTES)
     yield "weights", held
     if spec.kind == "buffer":
         return
+    state = max(held, FP32_BYTES)
     yield "masters", state if held < state else 0
-    yield ("momentum", state) if spec.kind == "matrix" else ("moments", 2 * state)
-    yield "gradients", held
+    yield "momentum", state if spec.kind == "matrix" else 0
+    yield "moments", 0 if spec.kind == "matrix" else 2 * state
     yield "sums", INT64_BYTES
+    yield "row_gradients", uses * held
+    yield "reduced_gradients", state

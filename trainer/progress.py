@@ -45,7 +45,9 @@ class Progress:
             f"left {_clock(left_s)}",
         ]
         if "validation/loss" in row:
-            parts.append(f"| held out {row['validation/loss']:.3f} nats {row['validation/bits_per_byte']:.3f} bits/byte")
+            parts.append(
+                f"| held out {row['validation/loss']:.3f} nats {row['validation/bits_per_byte']:.3f} bits/byte"
+            )
         if "indexer/recall" in row:
             parts.append(f"recall {row['indexer/recall']:.2f}")
         return "  ".join(part for part in parts if part)

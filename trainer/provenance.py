@@ -35,7 +35,7 @@ def versions() -> dict[str, str]:
     return {
         "keel": _keel_version(),
         "python": platform.python_version(),
-        "torch": torch.__version__,
+        "torch": str(torch.__version__),
         "numpy": numpy.__version__,
         "safetensors": importlib.metadata.version("safetensors"),
     }

@@ -29,6 +29,7 @@ def train(
     *,
     new: bool = False,
     overrides: Sequence[str] = (),
+    json: bool = False,
     stop_at: int = sys.maxsize,
     allow_changes: bool = False,
 ) -> int:
@@ -45,9 +46,7 @@ def train(
         return resume(config, found, stop_at=stop_at, allow_changes=allow_changes)
     data = read_data(config, _say)
     facts = _facts(config, str(device), data.fingerprint)
-    made = folder.create(
-        Path(config.runs_dir), config.name, asdict(config), overrides, facts, provenance.commit()
-    )
+    made = folder.create(Path(config.runs_dir), config.name, asdict(config), overrides, facts, provenance.commit())
     _say(f"run {made.path} on {device}, {config.precision.dtype}, {config.threads} threads")
     try:
         return _run(build(config, data, device), made, facts, None, stop_at)

@@ -11,6 +11,7 @@ import torch
 import yaml
 from pyarrow import parquet
 
+import data.open
 import data.store
 import data.tokenizer
 from data.config import DataConfig, SourceConfig, TokenizerConfig
@@ -118,6 +119,37 @@ def test_a_document_held_out_in_one_source_is_in_no_training_row_of_another(tmp_
     }
     opened = open_quietly(data_config(tmp_path / "cache", sources))
     assert not set(texts_of(opened, "train")) & set(texts_of(opened, "validation"))
+
+
+def trained_on(config: DataConfig, monkeypatch: pytest.MonkeyPatch) -> tuple[Data, tuple[str, ...]]:
+    """Return the opened data and the texts its tokenizer was trained on."""
+    seen: list[tuple[str, ...]] = []
+    train = data.tokenizer._train_bpe
+
+    def watched(texts: tuple[str, ...], vocab_size: int) -> str:
+        seen.append(texts)
+        return train(texts, vocab_size)
+
+    monkeypatch.setattr(data.tokenizer, "_train_bpe", watched)
+    return open_quietly(config), seen[0]
+
+
+def test_the_tokenizer_is_trained_on_training_documents_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = data_config(tmp_path / "cache", mixed_sources(tmp_path), chunk_documents=100)
+    opened, texts = trained_on(config, monkeypatch)
+    assert sorted(texts) == sorted(texts_of(opened, "train"))
+
+
+def test_a_large_corpus_gives_the_tokenizer_a_sample_by_weight(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(data.open, "TRAINING_BYTES", 25_000)
+    opened, texts = trained_on(data_config(tmp_path / "cache", mixed_sources(tmp_path)), monkeypatch)
+    sizes = {
+        kind: sum(len(text.encode()) for text in texts if text.startswith(kind + " ")) for kind in ("jsonl", "text")
+    }
+    # a share is filled up to the next document, of at most 1,500 bytes
+    assert 8500 < sizes["jsonl"] <= 10_000
+    assert 3500 < sizes["text"] <= 5000
+    assert set(texts) < set(texts_of(opened, "train"))
 
 
 def test_progress_is_reported(tmp_path: Path) -> None:

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from tests.oracles.attention import Blocks
-from tests.oracles.basic import rope_frequency, rotate, yarn_ramp
+from tests.oracles.basic import part, rope_frequency, rotate, upcast, yarn_ramp
 from tests.oracles.cases import documents, random_case
-from tests.oracles.compression import top_blocks, visible_blocks
+from tests.oracles.compression import compress, index_scores, top_blocks, visible_blocks
 from tests.oracles.deepseek_v4 import Layer, Result, forward
 from tests.oracles.losses import balance_sum, indexer_sum, losses, total
 from tests.oracles.streams import sinkhorn
@@ -79,6 +79,25 @@ def test_top_blocks_takes_the_highest_visible_and_the_earlier_of_equals() -> Non
     score = torch.tensor([[1.0, 9.0, 9.0], [0.0, 0.0, 0.0], [-3.0, -1.0, -2.0]])
     visible = torch.tensor([[True, False, False], [True, True, True], [True, True, True]])
     assert top_blocks(score, visible, 2) == [[0], [0, 1], [1, 2]]
+
+
+def test_index_scores_are_those_of_the_rotated_queries_and_keys() -> None:
+    """The released form, Hadamard rotation and scale included: selections alone do not show the scale, the KL does."""
+    config, weights = random_case(4, compress_ratios=[4, 0], num_hash_layers=0)
+    indexer = part(upcast(weights), "layers.0.attn.indexer.")
+    generator = torch.Generator().manual_seed(1)
+    h_TD, qr_TQ = (torch.randn(9, config[k], generator=generator).double() for k in ("hidden_size", "q_lora_rank"))
+    frequency_P = rope_frequency(config, 4)
+    hadamard = torch.ones(1, 1, dtype=torch.float64)
+    while len(hadamard) < 16:
+        hadamard = torch.cat([torch.cat([hadamard, hadamard]), torch.cat([hadamard, -hadamard])], dim=1)
+    key_SC = compress(h_TD, 4, part(indexer, "compressor."), config, frequency_P) @ hadamard * 16**-0.5
+    query_TIC = (qr_TQ @ indexer["wq_b.weight"].T).reshape(9, 8, 16)
+    query_TIC = rotate(query_TIC, torch.arange(9), frequency_P) @ hadamard * 16**-0.5
+    weight_TI = h_TD @ indexer["weights_proj.weight"].T * 16**-0.5 * 8**-0.5
+    product_TIS = torch.einsum("tic,sc->tis", query_TIC, key_SC).clamp(min=0)
+    expected_TS = torch.einsum("ti,tis->ts", weight_TI, product_TIS)
+    torch.testing.assert_close(index_scores(h_TD, qr_TQ, indexer, config, frequency_P), expected_TS)
 
 
 def test_comb_is_the_transpose_of_the_report_s_matrix() -> None:

@@ -1,0 +1,76 @@
+"""Which rule updates which logical tensor, as data and as one printed table (R 2.4; spec 5.1).
+
+kind matrix: Muon. table (embedding, head): AdamW with decay. vector (norms, sinks, biases, gates): AdamW without.
+"""
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor
+
+from optim.config import OptimConfig
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Member:
+    """One logical tensor: rows start:stop of dim 0 of a parameter; an expert is one row of an [E, F, D] stack."""
+
+    name: str
+    parameter: str
+    start: int
+    stop: int
+    kind: Literal["matrix", "table", "vector"]
+    group: str
+
+    @property
+    def rule(self) -> str:
+        return "Muon" if self.kind == "matrix" else "AdamW"
+
+    def view(self, tensor: Tensor) -> Tensor:
+        """The member's part of a tensor shaped like its parameter; matrices as [R, C]."""
+        part = tensor[self.start : self.stop]
+        return part.squeeze(0) if part.dim() == 3 else part
+
+
+def rate_scale(group: str, config: OptimConfig) -> float:
+    """Multiplier of the learning rate for a group."""
+    return config.rate_scale.get(group, 1.0)
+
+
+def check(members: Sequence[Member], config: OptimConfig) -> None:
+    """Raise ValueError when rate_scale or freeze names a group that no member has."""
+    known = sorted({member.group for member in members})
+    for key, named in (("optim.rate_scale", config.rate_scale), ("optim.freeze", config.freeze)):
+        for group in named:
+            if group not in known:
+                raise ValueError(f"{key} = {group}: expected one of {', '.join(known)}")
+
+
+def decay(kind: str, config: OptimConfig) -> float:
+    """Weight decay by kind."""
+    return {"matrix": config.muon.weight_decay, "table": config.adamw.weight_decay, "vector": 0.0}[kind]
+
+
+def table(members: Sequence[Member], parameters: Mapping[str, Tensor], config: OptimConfig) -> str:
+    """The assignment as text: one line per group and rule, with totals."""
+    lines = [("group", "rule", "tensors", "parameters", "decay", "rate x", "")]
+    total_tensors = total_size = 0
+    for group, kind in sorted({(member.group, member.kind) for member in members}):
+        chosen = [member for member in members if (member.group, member.kind) == (group, kind)]
+        size = sum(member.view(parameters[member.parameter]).numel() for member in chosen)
+        frozen = "frozen" if group in config.freeze else ""
+        scale = f"{rate_scale(group, config):g}"
+        lines.append((group, chosen[0].rule, f"{len(chosen)}", f"{size}", f"{decay(kind, config):g}", scale, frozen))
+        total_tensors, total_size = total_tensors + len(chosen), total_size + size
+    lines.append(("total", "", f"{total_tensors}", f"{total_size}", "", "", ""))
+    return _aligned(lines, left={0, 1, 6})
+
+
+def _aligned(lines: Sequence[Sequence[str]], left: Collection[int]) -> str:
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+    cells = (
+        [text.ljust(width) if i in left else text.rjust(width) for i, (text, width) in enumerate(zip(line, widths))]
+        for line in lines
+    )
+    return "\n".join("  ".join(line).rstrip() for line in cells)

@@ -1,0 +1,138 @@
+"""The optimizer of a run: Muon for matrices, AdamW for the rest, fp32 masters, one global clip.
+
+Parameters of lower precision have an fp32 master that is updated and copied back; others are their own master.
+A frozen group is left as it is, its momentum and its count of updates too.
+"""
+
+import math
+from collections import defaultdict
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from optim import adamw, clip, groups, muon
+from optim.config import OptimConfig
+from optim.groups import Member
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class UpdateStats:
+    """norm: before the clip. clip_scale: factor applied. update_rms: by group, of the change without decay."""
+
+    norm: float
+    clip_scale: float
+    update_rms: dict[str, float]
+
+
+class Optimizer:
+    """Updates `parameters` (by name) as `members` say; `members` cover each parameter without overlap."""
+
+    def __init__(self, parameters: Mapping[str, Tensor], members: Sequence[Member], config: OptimConfig) -> None:
+        groups.check(members, config)
+        assert {member.parameter for member in members} == set(parameters)
+        self.config = config
+        self.members = tuple(members)
+        self._parameters = {name: parameter.detach() for name, parameter in parameters.items()}
+        self._masters = {name: _master(parameter) for name, parameter in self._parameters.items()}
+        self._kind = {member.parameter: member.kind for member in members}
+        self._group = {member.parameter: member.group for member in members}
+        self._state: dict[str, Tensor] = {}
+        for name, master in self._masters.items():
+            if self._kind[name] == "matrix":
+                self._state[f"momentum/{name}"] = torch.zeros_like(master)
+            else:
+                self._state[f"exp_avg/{name}"] = torch.zeros_like(master)
+                self._state[f"exp_avg_sq/{name}"] = torch.zeros_like(master)
+                self._state[f"updates/{name}"] = torch.zeros((), dtype=torch.int64)
+
+    @torch.no_grad()
+    def step(self, gradients: Mapping[str, Tensor], *, rate: float, frozen_groups: Collection[str] = ()) -> UpdateStats:
+        """Clip and apply one step's gradients (at least fp32, by parameter name) at learning rate `rate`.
+
+        Every parameter outside the frozen groups must have a gradient. Raises FloatingPointError, nothing changed,
+        when a gradient is not finite.
+        """
+        frozen = {*frozen_groups, *self.config.freeze}
+        active = {name: gradients[name] for name in self._parameters if self._group[name] not in frozen}
+        norm = clip.global_norm(active)
+        scale = clip.clip_scale(norm, self.config.clip_norm)
+        clipped = {name: gradient * scale for name, gradient in active.items()} if scale != 1 else active
+        squares: dict[str, list[float]] = defaultdict(list)
+        self._step_matrices(clipped, rate, squares)
+        self._step_others(clipped, rate, squares)
+        for name in active:
+            if self._masters[name] is not self._parameters[name]:
+                self._parameters[name].copy_(self._masters[name])
+        sizes = defaultdict(int)
+        for name in active:
+            sizes[self._group[name]] += self._parameters[name].numel()
+        rms = {group: math.sqrt(math.fsum(values) / sizes[group]) for group, values in squares.items()}
+        return UpdateStats(norm=norm, clip_scale=scale, update_rms=rms)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """All state by flat name: momentum/, exp_avg/, exp_avg_sq/, updates/ and, where they exist, master/ tensors."""
+        own = {f"master/{name}": m for name, m in self._masters.items() if m is not self._parameters[name]}
+        return self._state | own
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Copy a `state_dict` back; names and shapes must be the same."""
+        mine = self.state_dict()
+        if set(mine) != set(state):
+            raise ValueError(
+                f"optimizer state: expected the same tensors; differs in {sorted(set(mine) ^ set(state))[:3]}"
+            )
+        for name, tensor in mine.items():
+            tensor.copy_(state[name])
+
+    def table(self) -> str:
+        """The assignment as one table."""
+        return groups.table(self.members, self._parameters, self.config)
+
+    def _rate(self, name: str, rate: float) -> float:
+        return rate * groups.rate_scale(self._group[name], self.config)
+
+    def _step_matrices(self, gradients: Mapping[str, Tensor], rate: float, squares: dict[str, list[float]]) -> None:
+        names = [name for name in gradients if self._kind[name] == "matrix"]
+        momentum = self.config.muon.momentum
+        directions = {
+            name: muon.lookahead(self._state[f"momentum/{name}"], gradients[name], momentum) for name in names
+        }
+        by_shape: dict[torch.Size, list[Member]] = defaultdict(list)
+        for member in self.members:
+            if member.parameter in directions:
+                by_shape[member.view(directions[member.parameter]).shape].append(member)
+        for shape, same in by_shape.items():
+            muon.update(
+                [member.view(self._masters[member.parameter]) for member in same],
+                [member.view(directions[member.parameter]) for member in same],
+                [self._rate(member.parameter, rate) for member in same],
+                self.config.muon,
+            )
+            # An orthogonal matrix has min(R, C) singular values 1: the change's sum of squares follows from its scale.
+            change = muon.update_scale(*shape, self.config.muon) ** 2 * min(shape)
+            for member in same:
+                squares[member.group].append(change * self._rate(member.parameter, rate) ** 2)
+
+    def _step_others(self, gradients: Mapping[str, Tensor], rate: float, squares: dict[str, list[float]]) -> None:
+        for name, gradient in gradients.items():
+            if self._kind[name] == "matrix":
+                continue
+            updates = self._state[f"updates/{name}"].add_(1)
+            change = adamw.update(
+                self._masters[name],
+                gradient,
+                self._state[f"exp_avg/{name}"],
+                self._state[f"exp_avg_sq/{name}"],
+                step=int(updates),
+                rate=self._rate(name, rate),
+                weight_decay=groups.decay(self._kind[name], self.config),
+                config=self.config.adamw,
+            )
+            squares[self._group[name]].append(float(change.double().square_().sum()))
+
+
+def _master(parameter: Tensor) -> Tensor:
+    """The tensor that is updated: the parameter itself, or its fp32 copy where it is of lower precision."""
+    return parameter if parameter.dtype in (torch.float32, torch.float64) else parameter.float()

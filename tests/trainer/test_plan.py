@@ -1,0 +1,121 @@
+"""Proves that a plan is what the run does: its stages, FLOP and memory against the schedule's steps and built objects.
+
+Oracles: a loop over every step of the schedule; the sizes of the real model, optimizer and exact sums.
+"""
+
+import subprocess
+import sys
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import cast
+
+import pytest
+import torch
+from torch import Tensor
+
+from data.open import Data
+from launch.compose import CONFIGS, compose
+from model import names
+from model.count import training_flops
+from trainer import schedule
+from trainer.build import build
+from trainer.config import Precision, TrainConfig
+from trainer.plan import Plan, plan
+from trainer.schedule_config import AttentionStage, MtpWeightStage, RowLengthStage
+
+
+@pytest.fixture(scope="module")
+def debug() -> TrainConfig:
+    return compose(["recipe=debug"]).config
+
+
+def with_odd_stages(config: TrainConfig) -> TrainConfig:
+    """Stages that begin inside a step, two of them inside the same one, and one that begins after the last step."""
+    odd = replace(
+        config.schedule,
+        row_length=(RowLengthStage(from_tokens=0, value=128), RowLengthStage(from_tokens=300_001, value=512)),
+        attention=(
+            AttentionStage(from_tokens=0, value="dense"),
+            AttentionStage(from_tokens=300_002, value="indexer_warmup"),
+            AttentionStage(from_tokens=400_000, value="sparse"),
+        ),
+        mtp_weight=(
+            MtpWeightStage(from_tokens=0, value=0.3),
+            MtpWeightStage(from_tokens=777_777, value=0.1),
+            MtpWeightStage(from_tokens=config.schedule.total_tokens + 10**6, value=0.0),
+        ),
+    )
+    return replace(config, schedule=odd)
+
+
+def check_stages(config: TrainConfig, planned: Plan) -> None:
+    steps = schedule.plan(config.schedule)
+    flops = tokens = step = 0
+    for stage in planned.stages:
+        assert stage.first.step == step
+        kind = (stage.first.row_length, stage.first.attention, stage.first.mtp_weight)
+        for _ in range(stage.steps):
+            one = steps[step]
+            assert (one.row_length, one.attention, one.mtp_weight) == kind
+            flops += one.rows * training_flops(config.model, one.row_length, one.attention).total
+            tokens += one.rows * one.row_length
+            step += 1
+        assert stage.last == steps[step - 1]
+        if step < len(steps):
+            assert (steps[step].row_length, steps[step].attention, steps[step].mtp_weight) != kind
+    assert (planned.steps, planned.tokens, planned.flops) == (len(steps), tokens, flops)
+    assert planned.steps == step
+
+
+def test_stages_add_up_to_every_step(debug: TrainConfig) -> None:
+    planned = plan(debug)
+    assert {stage.first.attention for stage in planned.stages} == {"dense", "indexer_warmup", "sparse"}
+    check_stages(debug, planned)
+
+
+def test_stages_that_begin_inside_steps(debug: TrainConfig) -> None:
+    config = with_odd_stages(debug)
+    planned = plan(config)
+    assert len(planned.stages) == 4
+    check_stages(config, planned)
+
+
+def test_a_wrong_total_is_noticed(debug: TrainConfig) -> None:
+    planned = plan(debug)
+    first, *others = planned.stages
+    for wrong in (replace(first, flops=first.flops + 1), replace(first, tokens=first.tokens - 1)):
+        with pytest.raises(AssertionError):
+            check_stages(debug, replace(planned, stages=(wrong, *others)))
+
+
+def size_bytes(tensors: Iterable[Tensor]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def optimizer_bytes(state: Mapping[str, Tensor], *prefixes: str) -> int:
+    return size_bytes(tensor for name, tensor in state.items() if name.startswith(prefixes))
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp64"])
+def test_memory_is_that_of_the_built_objects(dtype: Precision, debug: TrainConfig) -> None:
+    config = replace(debug, precision=replace(debug.precision, dtype=dtype))
+    parts = build(config, cast(Data, SimpleNamespace(train=None)), torch.device("cpu")).parts
+    state = parts.optimizer.state_dict()
+    memory = plan(config).memory
+    assert memory.weights == size_bytes(names.tensors(parts.model).values())
+    assert memory.masters == optimizer_bytes(state, "master/")
+    assert memory.momentum == optimizer_bytes(state, "momentum/")
+    assert memory.moments == optimizer_bytes(state, "exp_avg/", "exp_avg_sq/")
+    assert memory.sums == size_bytes(parts.sums._sums.values())
+    assert memory.gradients == max(size_bytes(parts.model.parameters()), size_bytes(parts.sums.result().values()))
+    held = (memory.weights, memory.masters, memory.momentum, memory.moments, memory.sums, memory.gradients)
+    assert memory.total == sum(held)
+
+
+def test_planning_needs_no_torch() -> None:
+    code = (
+        "import sys; from launch.compose import compose; from trainer.plan import plan; "
+        "plan(compose(['recipe=debug']).config); assert 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=CONFIGS.parent, check=True, timeout=120)
