@@ -194,9 +194,9 @@ def _apply(tree: DictConfig, override: Override) -> None:
 
 def _plain(tree: DictConfig) -> dict[str, Any]:
     try:
-        return OmegaConf.to_container(tree, resolve=True)
+        return _container(tree, resolve=True)
     except OmegaConfBaseException as error:
-        text = schema.flatten(OmegaConf.to_container(tree)).get(str(error.full_key))
+        text = schema.flatten(_container(tree)).get(str(error.full_key))
         raise ValueError(
             f"{error.full_key} = {schema.show(text)}: expected an interpolation that can be resolved; "
             f"{schema.show(str(error).splitlines()[0])}"
@@ -205,11 +205,18 @@ def _plain(tree: DictConfig) -> dict[str, Any]:
 
 def _load(path: Path) -> dict[str, Any]:
     try:
-        content = OmegaConf.to_container(OmegaConf.load(path))
+        content = OmegaConf.load(path)
     except (yaml.YAMLError, OmegaConfBaseException) as error:
         raise ValueError(f"{path.name} = {path}: expected valid YAML; {schema.show(str(error))}") from None
-    _require(isinstance(content, dict), path.name, path, "a YAML mapping")
-    return content
+    if not isinstance(content, DictConfig):
+        raise ValueError(f"{path.name} = {path}: expected a YAML mapping")
+    return _container(content)
+
+
+def _container(tree: DictConfig, *, resolve: bool = False) -> dict[str, Any]:
+    content = OmegaConf.to_container(tree, resolve=resolve)
+    assert isinstance(content, dict)
+    return {str(name): value for name, value in content.items()}
 
 
 def _first_line(error: ValidationError) -> str:
@@ -240,7 +247,7 @@ def _expected(path: Sequence[str]) -> str:
 
 def _unknown(key: str, value: object, groups: Collection[str] = ()) -> ValueError:
     path = key.split(".")
-    close = difflib.get_close_matches(key, groups, n=1)
+    close = difflib.get_close_matches(key, groups, n=1) if len(path) == 1 else []
     meant = close[0] if close else schema.nearest(TrainConfig, path)
     hint = f"; did you mean {meant}?" if meant else " (keel config show lists them)"
     return ValueError(f"{key} = {schema.show(value)}: expected a key that exists{hint}")

@@ -80,24 +80,30 @@ def say(text: str, *, passing: bool = False) -> None:
 def locked(path: Path) -> Iterator[int]:
     """Hold the lock file, waiting while another process does; the system gives it back when all its holders end."""
     with path.open("w") as file:
-        if os.name == "nt":
-            _lock_windows(file.fileno())
-        else:
-            import fcntl
-
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                say("another process is setting up; waiting for it")
-                fcntl.flock(file, fcntl.LOCK_EX)
+        if not _lock(file.fileno(), wait=False):
+            say("another process is setting up; waiting for it")
+            _lock(file.fileno(), wait=True)
         yield file.fileno()
 
 
-def _lock_windows(descriptor: int) -> None:
+if sys.platform == "win32":
     import msvcrt
 
-    while True:
-        # LK_LOCK gives up after ten seconds.
-        with contextlib.suppress(OSError):
-            msvcrt.locking(descriptor, msvcrt.LK_LOCK, 1)
-            return
+    def _lock(descriptor: int, *, wait: bool) -> bool:
+        while True:
+            with contextlib.suppress(OSError):
+                msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
+                return True
+            if not wait:
+                return False
+            time.sleep(1)
+
+else:
+    import fcntl
+
+    def _lock(descriptor: int, *, wait: bool) -> bool:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        return True

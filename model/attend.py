@@ -13,8 +13,8 @@ from torch.autograd.function import FunctionCtx
 from model.layers import at_least_fp32
 from model.visibility import Blocks, Layout
 
-CHUNK = 256
-"""Queries per chunk. Larger ones waste window keys outside the band, smaller ones cost more launches."""
+CHUNK = 64
+"""Least queries per chunk, which otherwise has as many as the window: half of its window keys are then in the band."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -60,19 +60,19 @@ class Chunk:
 
 def chunks(layout: Layout, window: int, ratio: int, selected_BTZ: Tensor | None = None) -> tuple[Chunk, ...]:
     """The chunks of a row in order. A query can only see the slots complete by the end of its chunk: last // ratio."""
-    T = layout.position_BT.shape[1]
+    T, size = layout.position_BT.shape[1], max(CHUNK, window)
     blocks = layout.blocks[ratio] if ratio else None
     return tuple(
         Chunk(
             first=first,
-            last=min(first + CHUNK, T),
+            last=min(first + size, T),
             window_first=max(0, first - window + 1),
-            entries=min(first + CHUNK, T) // ratio if ratio else 0,
+            entries=min(first + size, T) // ratio if ratio else 0,
             layout=layout,
             blocks=blocks,
             selected_BTZ=selected_BTZ,
         )
-        for first in range(0, T, CHUNK)
+        for first in range(0, T, size)
     )
 
 
@@ -86,56 +86,54 @@ class _Attend(torch.autograd.Function):
         sink_H: Tensor,
         parts: tuple[Chunk, ...],
     ) -> tuple[Tensor, Tensor]:
-        ctx.save_for_backward(q_BTHC, kv_BTC, entry_BSC, sink_H)
-        ctx.parts = parts
         out, lse = [], []
         for chunk in parts:
             q_BQHC, key_BKC, score_BQHK = _scores(q_BTHC, kv_BTC, entry_BSC, chunk)
-            lse_BQH = torch.logaddexp(torch.logsumexp(score_BQHK, -1), at_least_fp32(sink_H))
-            p_BQHK = torch.exp(score_BQHK - lse_BQH.unsqueeze(-1))
-            out.append((p_BQHK.flatten(1, 2) @ key_BKC).view_as(q_BQHC).to(q_BTHC.dtype))
-            lse.append(lse_BQH)
-        lse_BTH = torch.cat(lse, dim=1)
+            max_BQH1 = torch.maximum(score_BQHK.amax(-1), at_least_fp32(sink_H)).unsqueeze(-1)
+            exp_BQHK = score_BQHK.sub_(max_BQH1).exp_()
+            total_BQH1 = exp_BQHK.sum(-1, keepdim=True) + torch.exp(at_least_fp32(sink_H).unsqueeze(-1) - max_BQH1)
+            value_BQHC = (exp_BQHK.flatten(1, 2) @ key_BKC).view_as(q_BQHC)
+            out.append((value_BQHC / total_BQH1).to(q_BTHC.dtype))
+            lse.append((max_BQH1 + total_BQH1.log()).squeeze(-1))
+        o_BTHC, lse_BTH = torch.cat(out, dim=1), torch.cat(lse, dim=1)
+        ctx.save_for_backward(q_BTHC, kv_BTC, entry_BSC, sink_H, o_BTHC, lse_BTH)
+        ctx.parts = parts
         ctx.mark_non_differentiable(lse_BTH)
-        return torch.cat(out, dim=1), lse_BTH
+        return o_BTHC, lse_BTH
 
     @staticmethod
     def backward(ctx: FunctionCtx, grad_BTHC: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        q_BTHC, kv_BTC, entry_BSC, sink_H = ctx.saved_tensors
+        q_BTHC, kv_BTC, entry_BSC, sink_H, o_BTHC, lse_BTH = ctx.saved_tensors
         grad_q = torch.empty_like(q_BTHC)
         grad_kv = torch.zeros_like(at_least_fp32(kv_BTC))
         grad_entry = torch.zeros_like(at_least_fp32(entry_BSC))
-        grad_sink = torch.zeros_like(sink_H)
-        scale = q_BTHC.shape[-1] ** -0.5
+        # sum_j p_j dp_j of the softmax's backward pass is the product of the output and its gradient.
+        mean_BTH = (at_least_fp32(grad_BTHC) * at_least_fp32(o_BTHC)).sum(-1)
         for chunk in ctx.parts:
             q_BQHC, key_BKC, score_BQHK = _scores(q_BTHC, kv_BTC, entry_BSC, chunk)
-            lse_BQH = torch.logaddexp(torch.logsumexp(score_BQHK, -1), at_least_fp32(sink_H))
-            p = torch.exp(score_BQHK - lse_BQH.unsqueeze(-1)).flatten(1, 2)
+            p = score_BQHK.sub_(lse_BTH[:, chunk.rows].unsqueeze(-1)).exp_().flatten(1, 2)
             grad_out = at_least_fp32(grad_BTHC[:, chunk.rows]).flatten(1, 2)
-            grad_p = grad_out @ key_BKC.transpose(1, 2)
-            mean = (p * grad_p).sum(-1, keepdim=True)
-            grad_score = p * (grad_p - mean) * scale
-            grad_q[:, chunk.rows] = (grad_score @ key_BKC).view_as(q_BQHC)
+            mean = mean_BTH[:, chunk.rows].flatten(1, 2).unsqueeze(-1)
+            grad_score = (grad_out @ key_BKC.transpose(1, 2)).sub_(mean).mul_(p)
+            grad_q[:, chunk.rows] = (grad_score @ key_BKC).view_as(q_BQHC) * q_BTHC.shape[-1] ** -0.5
             grad_key = grad_score.transpose(1, 2) @ q_BQHC.flatten(1, 2) + p.transpose(1, 2) @ grad_out
             window = chunk.last - chunk.window_first
             grad_kv[:, chunk.window_first : chunk.last] += grad_key[:, :window]
             grad_entry[:, : chunk.entries] += grad_key[:, window:]
-            sink_p_BQH = torch.exp(at_least_fp32(sink_H) - lse_BQH)
-            grad_sink -= (sink_p_BQH * mean.view_as(lse_BQH)).sum((0, 1))
-        return grad_q, grad_kv.to(kv_BTC.dtype), grad_entry.to(entry_BSC.dtype), grad_sink, None
+        grad_sink = -(torch.exp(at_least_fp32(sink_H) - lse_BTH) * mean_BTH).sum((0, 1))
+        return grad_q, grad_kv.to(kv_BTC.dtype), grad_entry.to(entry_BSC.dtype), grad_sink.to(sink_H.dtype), None
 
 
 def _scores(q_BTHC: Tensor, kv_BTC: Tensor, entry_BSC: Tensor, chunk: Chunk) -> tuple[Tensor, Tensor, Tensor]:
-    """The chunk's queries, its keys (window, then entries) and their masked scaled products, in at least fp32."""
-    q_BQHC = at_least_fp32(q_BTHC[:, chunk.rows])
+    """The chunk's queries over sqrt(C), its keys (window, then entries), and their products, -inf where invisible."""
+    q_BQHC = at_least_fp32(q_BTHC[:, chunk.rows]) * q_BTHC.shape[-1] ** -0.5
     key_BKC = torch.cat((kv_BTC[:, chunk.window_first : chunk.last], entry_BSC[:, : chunk.entries]), dim=1)
     key_BKC = at_least_fp32(key_BKC)
-    score = q_BQHC.flatten(1, 2) @ key_BKC.transpose(1, 2) * q_BTHC.shape[-1] ** -0.5
+    score_BQHK = (q_BQHC.flatten(1, 2) @ key_BKC.transpose(1, 2)).unflatten(1, q_BQHC.shape[1:3])
     visible = chunk.visible_window()
     if chunk.entries:
         visible = torch.cat((visible, chunk.visible_entries()), dim=-1)
-    score_BQHK = score.unflatten(1, q_BQHC.shape[1:3]).masked_fill(~visible.unsqueeze(2), -torch.inf)
-    return q_BQHC, key_BKC, score_BQHK
+    return q_BQHC, key_BKC, score_BQHK.masked_fill_(~visible.unsqueeze(2), -torch.inf)
 
 
 def attend(

@@ -7,6 +7,7 @@ Source: R 2.3.1 eqs. 9-12 (CSA), R 2.3.2 eqs. 20-23 (HCA), released code (spec 3
 import torch
 from torch import Tensor, nn
 
+from model.gather import take
 from model.layers import Linear, RMSNorm, fp32_product, island_dtype
 from model.rope import Rotation, rotate
 from model.visibility import Blocks
@@ -48,8 +49,8 @@ class Compressor(nn.Module):
 
     def forward(self, h_BTD: Tensor, blocks: Blocks, turn_S: Rotation) -> Tensor:
         """turn_S: rotation at the position of each block's first token. The result has h's type."""
-        value = _take(self.wkv(h_BTD), blocks.token_BSM)
-        logit = _take(self.wgate(h_BTD), blocks.token_BSM) + self.ape
+        value = _take(self.wkv(h_BTD), blocks)
+        logit = _take(self.wgate(h_BTD), blocks) + self.ape
         if self.overlap:
             entry_BSC = compress_overlapped(value, logit, blocks.has_previous_BS)
         else:
@@ -57,8 +58,11 @@ class Compressor(nn.Module):
         return rotate(self.norm(entry_BSC), turn_S).to(h_BTD.dtype)
 
 
-def _take(x_BTC: Tensor, token_BSM: Tensor) -> Tensor:
+def _take(x_BTC: Tensor, blocks: Blocks) -> Tensor:
     """Rows of x at the tokens of each block, [B, S, M, C]; a token is in at most one block."""
     B, T, _ = x_BTC.shape
-    index = (token_BSM + torch.arange(B, device=x_BTC.device)[:, None, None] * T).flatten()
-    return x_BTC.flatten(0, 1).index_select(0, index).unflatten(0, token_BSM.shape)
+    rows_B1 = torch.arange(B, device=x_BTC.device).unsqueeze(1)
+    index_BP = blocks.token_BSM.flatten(1) + rows_B1 * T
+    inverse_BT = torch.where(blocks.member_BT < 0, -1, blocks.member_BT + rows_B1 * index_BP.shape[1])
+    picked = take(x_BTC.flatten(0, 1), index_BP.flatten(), inverse_BT.flatten())
+    return picked.unflatten(0, blocks.token_BSM.shape)

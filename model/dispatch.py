@@ -8,17 +8,22 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from model.gather import take
 from model.layers import at_least_fp32
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Dispatched:
-    """Pairs sorted by expert, in token order inside an expert: x_PD, weight_P, rows per expert, and the order."""
+    """Pairs sorted by expert, in token order inside an expert: x_PD, weight_P, rows per expert.
+
+    order_P: the pair (token-major) at each sorted place; back_P: its inverse.
+    """
 
     x_PD: Tensor
     weight_P: Tensor
     counts: list[int]
     order_P: Tensor
+    back_P: Tensor
 
 
 class LocalDispatcher:
@@ -28,12 +33,14 @@ class LocalDispatcher:
         """Sort the B*T*K pairs by expert, stably."""
         K = expert_BTK.shape[-1]
         order_P = torch.sort(expert_BTK.flatten(), stable=True).indices
+        back_P = torch.argsort(order_P)
         pairs_PD = x_BTD.flatten(0, 1).unsqueeze(1).expand(-1, K, -1).flatten(0, 1)
         return Dispatched(
-            x_PD=pairs_PD.index_select(0, order_P),
-            weight_P=weight_BTK.flatten().index_select(0, order_P),
+            x_PD=take(pairs_PD, order_P, back_P),
+            weight_P=take(weight_BTK.flatten(), order_P, back_P),
             counts=torch.bincount(expert_BTK.flatten(), minlength=experts).tolist(),
             order_P=order_P,
+            back_P=back_P,
         )
 
     def combine(self, y_PD: Tensor, dispatched: Dispatched, shape: torch.Size) -> Tensor:
@@ -41,5 +48,5 @@ class LocalDispatcher:
 
         `shape` is that of expert_BTK. The result stays promoted.
         """
-        back_P = torch.argsort(dispatched.order_P)
-        return at_least_fp32(y_PD.index_select(0, back_P)).unflatten(0, shape).sum(2)
+        pairs_PD = take(y_PD, dispatched.back_P, dispatched.order_P)
+        return at_least_fp32(pairs_PD).unflatten(0, shape).sum(2)

@@ -53,32 +53,31 @@ class _Sinkhorn(torch.autograd.Function):
     def forward(ctx: FunctionCtx, logits: Tensor, iterations: int, eps: float) -> Tensor:
         ctx.save_for_backward(logits)
         ctx.iterations, ctx.eps = iterations, eps
-        *_, comb = _rounds(_tokens_last(logits), iterations, eps)
-        return _tokens_first(comb, logits.shape)
+        _, results, _ = _rounds(_tokens_last(logits), iterations, eps)
+        return _tokens_first(results[-1], logits.shape)
 
     @staticmethod
     def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, None, None]:
         (logits,) = ctx.saved_tensors
-        softmax, *steps = _rounds(_tokens_last(logits), ctx.iterations, ctx.eps)
+        softmax, results, divisors = _rounds(_tokens_last(logits), ctx.iterations, ctx.eps)
         grad_NNP = _tokens_last(grad)
-        # y = x / (sum x + eps): dx = (dy - sum(dy y)) / (sum x + eps), and the divisor is x / y.
-        for i in range(len(steps) - 1, -1, -1):
-            before = steps[i - 1] if i else softmax + ctx.eps
-            divisor = before.sum(_axis(i), keepdim=True).add_(ctx.eps)
-            mean = (grad_NNP * steps[i]).sum(_axis(i), keepdim=True)
-            grad_NNP = (grad_NNP - mean).div_(divisor)
+        # y = x / (sum x + eps): dx = (dy - sum(dy y)) / (sum x + eps).
+        for i in range(len(results) - 1, -1, -1):
+            mean = (grad_NNP * results[i]).sum(_axis(i), keepdim=True)
+            grad_NNP = (grad_NNP - mean).div_(divisors[i])
         grad_NNP = softmax * (grad_NNP - (grad_NNP * softmax).sum(1, keepdim=True))
         return _tokens_first(grad_NNP, logits.shape), None, None
 
 
-def _rounds(logits_NNP: Tensor, iterations: int, eps: float) -> list[Tensor]:
-    """The softmax (before its eps), then the matrix after each division."""
-    results = [torch.softmax(logits_NNP, dim=1)]
-    comb = results[0] + eps
+def _rounds(logits_NNP: Tensor, iterations: int, eps: float) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    """The softmax (before its eps), and of each division the result and the divisor."""
+    softmax = torch.softmax(logits_NNP, dim=1)
+    comb, results, divisors = softmax + eps, [], []
     for i in range(2 * iterations - 1):
-        comb = comb / comb.sum(_axis(i), keepdim=True).add_(eps)
+        divisors.append(comb.sum(_axis(i), keepdim=True).add_(eps))
+        comb = comb / divisors[-1]
         results.append(comb)
-    return results
+    return softmax, results, divisors
 
 
 def _axis(division: int) -> int:
@@ -92,7 +91,8 @@ def _tokens_last(x: Tensor) -> Tensor:
 
 
 def _tokens_first(x_NNP: Tensor, shape: torch.Size) -> Tensor:
-    return x_NNP.permute(2, 0, 1).reshape(shape)
+    # Contiguous, because a batched product of small matrices with other strides falls back to a loop over tokens.
+    return x_NNP.permute(2, 0, 1).contiguous().view(shape)
 
 
 def collapse(x_BTND: Tensor, pre_BTN: Tensor) -> Tensor:

@@ -15,12 +15,14 @@ from torch import Tensor
 class Blocks:
     """The compressed blocks of one rate m. A row has S = T // m slots; blocks fill them in row order.
 
-    token_BSM: index of each block's tokens in the row. position_BS: position of its first token in its document.
+    token_BSM: index of each block's tokens in the row. member_BT: slot * m + place in the block of each token, -1 for
+    tokens in no block. position_BS: position of its first token in its document.
     has_previous_BS: the slot before holds the block before in the same document.
     low_BT, high_BT: token t sees the slots low <= s < high.
     """
 
     token_BSM: Tensor
+    member_BT: Tensor
     position_BS: Tensor
     has_previous_BS: Tensor
     low_BT: Tensor
@@ -65,7 +67,13 @@ def _blocks(position_BT: Tensor, m: int) -> Blocks:
     first_BS = torch.where(exists_BS, last_BS - (m - 1), 0)
     high_BT = ends_BT.int().cumsum(1)
     position_BS = torch.where(exists_BS, position_BT.gather(1, first_BS), 0)
+    # The block a token is in is the next to be complete; it exists if it ends in the row and in the same document.
+    slot_BT, place_BT = high_BT - ends_BT.int(), position_BT % m
+    index_T = torch.arange(position_BT.shape[1], device=position_BT.device)
+    padded_BS = torch.nn.functional.pad(torch.where(exists_BS, first_BS, -m), (0, 1), value=-m)
+    inside_BT = padded_BS.gather(1, slot_BT.clamp_max(slots)) == index_T - place_BT
     return Blocks(
+        member_BT=torch.where(inside_BT, slot_BT * m + place_BT, -1),
         token_BSM=first_BS.unsqueeze(-1) + torch.arange(m, device=position_BT.device),
         position_BS=position_BS,
         has_previous_BS=position_BS > 0,

@@ -116,13 +116,12 @@ def newest_valid(folder: Path, report: Callable[[str], None]) -> tuple[Path, Loa
 
 
 def recover(folder: Path, report: Callable[[str], None]) -> tuple[Path, Loaded] | None:
-    """`newest_valid` for the process that will write here: sets aside what is unusable, deletes what is unfinished."""
+    """`newest_valid` for the process that will write here: what cannot be used is set aside, so that it never counts."""
 
     def reject(path: Path, error: CheckpointError) -> None:
         aside = set_aside(path)
         report(f"checkpoint {path.name} cannot be used and is now {aside.name}: {error}")
 
-    remove_leftovers(folder)
     return _search(folder, reject)
 
 

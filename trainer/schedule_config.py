@@ -107,4 +107,4 @@ class ScheduleConfig:
 
 def _check_starts(key: str, starts: Sequence[int]) -> None:
     ordered = bool(starts) and starts[0] == 0 and all(a < b for a, b in zip(starts, starts[1:], strict=False))
-    require(ordered, f"{key} from_tokens", list(starts), "a first stage at 0, then increasing numbers")
+    require(ordered, f"{key}.from_tokens", list(starts), "a first stage at 0, then increasing numbers")

@@ -13,8 +13,8 @@ from tests.data.corpus import document_lengths
 LENGTHS = st.lists(st.integers(1, 70), max_size=60)
 
 
-def naive_row_count(lengths: list[int], row_length: int) -> int:
-    """Count the rows of best-fit decreasing by trying every row."""
+def naive_row_sizes(lengths: list[int], row_length: int) -> list[int]:
+    """Return the tokens in each row of best-fit decreasing, found by trying every row."""
     pieces = [row_length] * sum(length // row_length for length in lengths)
     pieces += [length % row_length for length in lengths if length % row_length]
     spaces: list[int] = []
@@ -24,11 +24,15 @@ def naive_row_count(lengths: list[int], row_length: int) -> int:
             spaces[spaces.index(min(fitting))] -= piece
         else:
             spaces.append(row_length - piece)
-    return len(spaces)
+    return sorted(row_length - space for space in spaces)
 
 
 def pieces_of(packing: Packing) -> list[tuple[int, int, int]]:
     return list(zip(packing.documents.tolist(), packing.starts.tolist(), packing.lengths.tolist(), strict=True))
+
+
+def sizes_of(packing: Packing) -> list[int]:
+    return [int(packing.lengths[a:b].sum()) for a, b in pairwise(packing.row_starts)]
 
 
 @given(lengths=LENGTHS, row_length=st.integers(1, 40))
@@ -41,25 +45,23 @@ def test_every_token_lies_in_one_piece(lengths: list[int], row_length: int) -> N
 @given(lengths=LENGTHS, row_length=st.integers(1, 40))
 def test_rows_hold_what_fits_and_only_long_documents_are_cut(lengths: list[int], row_length: int) -> None:
     packing = pack(np.array(lengths, np.int64), row_length)
-    sizes = [packing.lengths[a:b].sum() for a, b in pairwise(packing.row_starts)]
-    assert all(0 < size <= row_length for size in sizes)
+    assert all(0 < size <= row_length for size in sizes_of(packing))
     for document, start, length in pieces_of(packing):
         assert start % row_length == 0
         assert length == min(row_length, lengths[document] - start)
 
 
 @given(lengths=LENGTHS, row_length=st.integers(1, 40))
-def test_as_many_rows_as_the_naive_best_fit(lengths: list[int], row_length: int) -> None:
-    assert pack(np.array(lengths, np.int64), row_length).num_rows == naive_row_count(lengths, row_length)
+def test_rows_are_as_full_as_those_of_the_naive_best_fit(lengths: list[int], row_length: int) -> None:
+    packing = pack(np.array(lengths, np.int64), row_length)
+    assert sorted(sizes_of(packing)) == naive_row_sizes(lengths, row_length)
 
 
 @given(lengths=LENGTHS, row_length=st.integers(2, 40))
 def test_no_row_could_take_a_later_one_whole(lengths: list[int], row_length: int) -> None:
     packing = pack(np.array(lengths, np.int64), row_length)
-    starts = packing.row_starts
-    sizes = [int(packing.lengths[a:b].sum()) for a, b in pairwise(starts)]
-    first_pieces = packing.lengths[starts[:-1]].tolist()
-    for row, size in enumerate(sizes):
+    first_pieces = packing.lengths[packing.row_starts[:-1]].tolist()
+    for row, size in enumerate(sizes_of(packing)):
         assert all(size + opening > row_length for opening in first_pieces[row + 1 :])
 
 

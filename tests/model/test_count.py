@@ -79,15 +79,15 @@ def built_counts(config: ModelConfig) -> tuple[Counter[str], int]:
     """Elements by part of the model as built, `mtp.` before the parts of the MTP block, and those of buffers."""
     with torch.device("meta"):
         built = tensors(Transformer(config))
-    groups = {}
-    for spec in released_tensors(config, experts=1):
-        part = ("mtp." if spec.is_mtp else "") + spec.group
-        groups[locate(spec.name).parameter] = "buffer" if spec.kind == "buffer" else part
-    assert groups.keys() == built.keys()
     sizes = Counter[str]()
-    for name, tensor in built.items():
-        sizes[groups[name]] += tensor.numel()
-        assert isinstance(tensor, torch.nn.Parameter) == (groups[name] != "buffer")
+    for spec in released_tensors(config, experts=1):
+        tensor = built.pop(locate(spec.name).parameter)
+        stacked = (config.n_routed_experts,) if spec.group == "experts" else ()
+        assert tuple(tensor.shape) == stacked + spec.shape
+        assert isinstance(tensor, torch.nn.Parameter) == (spec.kind != "buffer")
+        part = ("mtp." if spec.is_mtp else "") + spec.group
+        sizes["buffer" if spec.kind == "buffer" else part] += tensor.numel()
+    assert not built
     return sizes, sizes.pop("buffer")
 
 

@@ -65,17 +65,22 @@ def cross_entropy_sum(logits_TV: Tensor, targets: Sequence[int]) -> Tensor:
 
 
 def balance_sum(layer: Layer) -> Tensor:
-    """T * sum_i f_i P_i with f_i = E / (K T) * #(tokens that chose i) and P_i = mean_t s_ti / sum_j s_tj.
+    """T * sum_i f_i P_i with f_i = E / (K T) * #{t : i in top-K of s_t} and P_i = mean_t s_ti / sum_j s_tj.
 
-    Times T, so that the sums of several documents divided by all their tokens is their token-weighted mean.
+    s_t are the scores without the selection bias, as V3 2.1.2 writes it, so that f_i need not be how often i was
+    chosen; of equal scores the lower expert counts. Times T, so that the sums of several documents divided by all
+    their tokens is their token-weighted mean.
     """
-    index_TK, score_TE = layer.router_index_TK, layer.router_score_TE
-    tokens, chosen_per_token = index_TK.shape
-    experts = score_TE.shape[1]
+    score_TE, chosen_per_token = layer.router_score_TE, layer.router_index_TK.shape[1]
+    tokens, experts = score_TE.shape
+    frequency = [0] * experts
+    for score_E in score_TE.tolist():
+        for i in sorted(range(experts), key=lambda e: (-score_E[e], e))[:chosen_per_token]:
+            frequency[i] += 1
     total = score_TE.new_zeros(())
     for i in range(experts):
-        frequency = experts / (chosen_per_token * tokens) * int((index_TK == i).sum())
-        total = total + frequency * (score_TE[:, i] / score_TE.sum(dim=1)).mean()
+        weight = experts / (chosen_per_token * tokens) * frequency[i]
+        total = total + weight * (score_TE[:, i] / score_TE.sum(dim=1)).mean()
     return tokens * total
 
 

@@ -114,11 +114,15 @@ def test_comb_is_the_transpose_of_the_report_s_matrix() -> None:
 
 
 def test_balance_sum_by_hand() -> None:
-    # Two tokens, three experts, one chosen: f = 3/2 * (2, 0, 0); P_0 = (1/4 + 1/2) / 2.
-    layer = layer_of(torch.tensor([[0], [0]]), torch.tensor([[1.0, 1.0, 2.0], [3.0, 1.0, 2.0]]))
-    assert balance_sum(layer).item() == pytest.approx(2 * 3 * 0.375)
-    even = layer_of(torch.tensor([[0, 1], [1, 2], [0, 2]]), torch.rand(3, 3))
+    # Two tokens, three experts, one chosen. Highest scores: experts 2 and 0; f = 3/2 * (1, 0, 1);
+    # P = ((1/4 + 1/2) / 2, ., (1/2 + 1/3) / 2). That the bias made both tokens choose expert 1 does not count.
+    layer = layer_of(torch.tensor([[1], [1]]), torch.tensor([[1.0, 1.0, 2.0], [3.0, 1.0, 2.0]]))
+    assert balance_sum(layer).item() == pytest.approx(2 * 1.5 * (0.375 + 5 / 12))
+    score = torch.tensor([[3.0, 2.0, 1.0], [1.0, 3.0, 2.0], [2.5, 1.0, 3.0]])
+    even = layer_of(torch.tensor([[0, 1]] * 3), score)
     assert balance_sum(even).item() == pytest.approx(3.0)  # equal counts: 1 per token whatever the scores
+    tie = layer_of(torch.tensor([[2]]), torch.tensor([[1.0, 1.0, 0.5]]))
+    assert balance_sum(tie).item() == pytest.approx(3 * 0.4)
 
 
 def test_indexer_sum_by_hand() -> None:

@@ -62,7 +62,7 @@ def test_every_dtype_and_shape_comes_back(
 
 def test_views_parameters_and_shared_memory_are_saved_as_what_they_show(tmp_path: Path) -> None:
     base = torch.arange(24.0).reshape(4, 6)
-    tensors = {"transposed": base.T, "row": base[1], "base": base, "parameter": torch.nn.Parameter(base)}
+    tensors = {"transposed": base.T, "row": base[1], "column": base[:, 1], "base": base, "parameter": torch.nn.Parameter(base)}
     loaded = checkpoint.load(checkpoint.save(tmp_path, 0, tensors, {})).tensors
     assert all(same_bits(loaded[name], tensor) for name, tensor in tensors.items())
 
@@ -176,12 +176,19 @@ def test_the_error_names_file_tensor_and_bytes(tmp_path: Path) -> None:
         checkpoint.load(path)
 
 
+def point_outside(manifest: dict[str, Any]) -> None:
+    manifest["files"] = {"../../secret": manifest["files"]["rank-00000.safetensors"]}
+    for tensor in manifest["tensors"].values():
+        tensor["file"] = "../../secret"
+
+
 FORGERIES: dict[str, Callable[[dict[str, Any]], None]] = {
-    "a file outside": lambda m: m["files"].update({"../../secret": m["files"].pop("rank-00000.safetensors")}),
+    "a file outside": point_outside,
     "an unknown format": lambda m: m.update(format="keel-checkpoint-9"),
     "other block size": lambda m: m.update(block_bytes=1 << 30),
     "no tensors": lambda m: m.pop("tensors"),
     "a gap": lambda m: m["tensors"].pop("router/bias"),
+    "a gap at the end": lambda m: m["tensors"].pop(max(m["tensors"], key=lambda name: m["tensors"][name]["stop"])),
     "an overlap": lambda m: m["tensors"].update(copy=m["tensors"]["router/bias"]),
     "an enormous shape": lambda m: m["tensors"]["router/bias"].update(shape=[2**60]),
     "a negative shape": lambda m: m["tensors"]["model/embed.weight"].update(shape=[-64, -96]),

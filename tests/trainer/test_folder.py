@@ -170,8 +170,8 @@ def rows_of(run: RunFolder) -> list[Any]:
 def test_metrics_after_the_resumed_step_are_dropped_so_that_the_file_reads_as_one_run(tmp_path: Path) -> None:
     run = make(tmp_path)
     run.begin("start", 0, {})
-    for step in (1, 2, 2, 3, 4):
-        run.append_metrics({"step": step, "loss": 1 / step})
+    for step in (0, 1, 2, 2, 3, 4):
+        run.append_metrics({"step": step, "loss": 1 / (step + 7)})
     run.sync_metrics()
     before = (run.path / "metrics.jsonl").read_bytes()
     run.release()
@@ -180,9 +180,9 @@ def test_metrics_after_the_resumed_step_are_dropped_so_that_the_file_reads_as_on
     run = RunFolder(run.path)
     run.lock()
     run.begin("resume", 2, {})
-    assert rows_of(run) == [1, 2, 2]
+    assert rows_of(run) == [0, 1, 2, 2]
     for step in (3, 4):
-        run.append_metrics({"step": step, "loss": 1 / step})
+        run.append_metrics({"step": step, "loss": 1 / (step + 7)})
     assert (run.path / "metrics.jsonl").read_bytes() == before
     run.release()
     run.begin("start", 0, {})

@@ -156,7 +156,7 @@ def test_leftovers_of_a_killed_writer_are_removed_at_the_start(tmp_path: Path) -
 
 
 def test_the_newest_is_used_and_nothing_reported(tmp_path: Path) -> None:
-    paths, lines = save(tmp_path, 90, 100, 1_000_000), []
+    paths, lines = save(tmp_path, 90, 999_999, 1_000_000), []
     found = checkpoint.newest_valid(tmp_path, lines.append)
     assert found is not None
     assert (found[0], lines) == (paths[2], [])

@@ -1,0 +1,141 @@
+"""Proves that train, resume and sample hand over a checked configuration, find runs by name, and let no GPU idle."""
+
+import json
+import os
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+
+from launch import device
+from launch.compose import compose
+from launch.config import render
+from launch.main import main
+from launch.runs import find_run
+from trainer.config import TrainConfig
+
+pytestmark = pytest.mark.usefixtures("merge_once")
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, dict[str, Any]]]:
+    """Stands in for the trainer and notes how it was called."""
+    noted: list[tuple[Any, dict[str, Any]]] = []
+
+    def run(*values: Any, **options: Any) -> int:
+        noted.append((values, options))
+        return 7
+
+    def sample_run(config: TrainConfig, folder: Any, *, seed: int) -> Iterator[str]:
+        noted.append(((config, folder), {"seed": seed}))
+        return iter(["one ", "two"])
+
+    stand_ins: dict[str, dict[str, Any]] = {
+        "trainer.run": {"train": run, "resume": run},
+        "trainer.sample": {"sample_run": sample_run},
+        "trainer.folder": {"RunFolder": lambda path: SimpleNamespace(path=path)},
+    }
+    for name, content in stand_ins.items():
+        module = ModuleType(name)
+        vars(module).update(content)
+        monkeypatch.setitem(sys.modules, name, module)
+    monkeypatch.setattr(device, "nvidia_driver", lambda: False)
+    return noted
+
+
+@pytest.fixture
+def run_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A run named debug-1234 with a seed of its own, under the working folder."""
+    folder = tmp_path / "runs" / "debug-1234"
+    folder.mkdir(parents=True)
+    (folder / "config.yaml").write_text("\n".join(render(asdict(compose(["seed=5"]).config))))
+    monkeypatch.chdir(tmp_path)
+    return Path("runs/debug-1234")
+
+
+def test_train_hands_over_one_checked_configuration(calls: list[Any]) -> None:
+    assert main(["train", "--new", "seed=3", "model.hc_mult=2"]) == 7
+    ((config,), options) = calls[0]
+    assert config == compose(["seed=3", "model.hc_mult=2"]).config
+    assert options == {"new": True, "overrides": ["seed=3", "model.hc_mult=2"], "json": False}
+    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+
+
+def test_a_wrong_configuration_never_reaches_the_trainer(calls: list[Any]) -> None:
+    assert main(["train", "model.hc_mlt=2"]) == 2
+    assert calls == []
+
+
+@pytest.mark.parametrize("word", ["debug-1234", "runs/debug-1234", "runs/debug-1234/"])
+def test_resume_takes_the_run_s_own_configuration(calls: list[Any], run_folder: Path, word: str) -> None:
+    assert main(["resume", word]) == 7
+    ((config, folder), options) = calls[0]
+    assert config.seed == 5
+    assert folder.path == run_folder
+    assert options == {"allow_changes": False}
+
+
+def test_resume_changes_nothing_unless_allowed(
+    calls: list[Any], run_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["resume", "debug-1234", "seed=6"]) == 2
+    assert capsys.readouterr().err.startswith("keel: error: overrides = seed=6: expected none")
+    assert main(["resume", "debug-1234", "--allow-changes", "seed=6"]) == 7
+    ((config, _), options) = calls[0]
+    assert (config.seed, options) == (6, {"allow_changes": True})
+
+
+def test_sample_prints_what_the_run_says(
+    calls: list[Any], run_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["sample", "debug-1234", "--tokens", "9", "--top-p", "0.5", "--prompt", "x = 1"]) == 0
+    assert capsys.readouterr().out == "one two\n"
+    ((config, _), options) = calls[0]
+    assert (config.sample.tokens, config.sample.top_p, config.sample.prompt) == (9, 0.5, "x = 1")
+    assert options == {"seed": 5}
+    assert main(["sample", "debug-1234", "--json", "--seed", "8"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"run": "runs/debug-1234", "seed": 8, "text": "one two"}
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["resume", "debug-1243"], "(runs/ has debug-1234); did you mean debug-1234?"),
+        (["resume"], "RUN = : expected the folder of a run or its name"),
+        (["sample"], "RUN = : expected one run's folder or name"),
+        (["sample", "debug-1234", "--top-p", "2"], "top_p = 2.0: expected in (0, 1]"),
+    ],
+)
+def test_mistakes_are_one_line(
+    words: list[str], said: str, calls: list[Any], run_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(words) == 2
+    assert said in capsys.readouterr().err
+    assert calls == []
+
+
+def test_without_runs_there_is_nothing_to_suggest(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="has none yet"):
+        find_run("debug", tmp_path)
+
+
+def test_a_gpu_never_stands_idle_silently(
+    calls: list[Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    torch = SimpleNamespace(__version__="2.13.0+cpu", cuda=SimpleNamespace(is_available=lambda: False))
+    monkeypatch.setitem(sys.modules, "torch", torch)
+    monkeypatch.setattr(device, "nvidia_driver", lambda: True)
+    assert main(["train"]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith(
+        "keel: error: device = auto: expected a torch that sees this machine's NVIDIA GPU, not 2.13.0"
+    )
+    assert "device=cpu" in err
+    assert calls == []
+    assert main(["train", "device=cpu"]) == 7
+    torch.cuda.is_available = lambda: True
+    assert main(["train"]) == 7
