@@ -65,20 +65,12 @@ class StreamedChunks:
         self._note = lru_cache(NOTES_IN_MEMORY)(self._find_note)
 
     def locate(self, position: int) -> tuple[int, int]:
-        """Return the epoch and the number within it of the chunk at a position.
-
-        Raises ValueError when the stream has no record at all.
-        """
+        """Return the epoch and the number within it of the chunk at a position; the last chunk of a stream is short."""
         while self._num_chunks is None and self._num_known <= position:
-            records = self._note(self._num_known).records
-            if records < self._chunk_documents:
-                self._num_chunks = self._num_known + (records > 0)
+            ended = self._note(self._num_known).records < self._chunk_documents
             self._num_known += 1
-        if self._num_chunks is None:
-            return 0, position
-        if self._num_chunks == 0:
-            raise ValueError(f"data.sources.{self.name} = 0 documents: expected a stream with at least one")
-        return divmod(position, self._num_chunks)
+            self._num_chunks = self._num_known if ended else None
+        return (0, position) if self._num_chunks is None else divmod(position, self._num_chunks)
 
     def lengths(self, epoch: int, number: int) -> np.ndarray:
         """Return the tokens of each document of a chunk, int64."""

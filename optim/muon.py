@@ -1,7 +1,7 @@
 """Muon: momentum, Nesterov, orthogonalised update of constant RMS, decoupled decay (R Algorithm 1; spec 5.2)."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -9,8 +9,8 @@ from torch import Tensor
 from optim.config import MuonConfig
 from optim.newton_schulz import orthogonalize
 
-BATCH_ELEMENTS = 1 << 24
-"""Elements that are orthogonalised at a time: bounds the memory of the stacked copies."""
+BATCH_ELEMENTS = 1 << 19
+"""Elements that are orthogonalised at a time: bounds the memory of the copies, and gives threads parts to share."""
 
 
 def lookahead(momentum: Tensor, gradient: Tensor, mu: float) -> Tensor:
@@ -19,19 +19,21 @@ def lookahead(momentum: Tensor, gradient: Tensor, mu: float) -> Tensor:
     return gradient.add(momentum, alpha=mu)
 
 
+def batches(matrices: Sequence[Tensor]) -> Iterator[slice]:
+    """Cut a list of matrices of one shape into batches of bounded size."""
+    size = max(1, BATCH_ELEMENTS // max(1, matrices[0].numel()))
+    return (slice(first, first + size) for first in range(0, len(matrices), size))
+
+
 def update(weights: Sequence[Tensor], directions: Sequence[Tensor], rates: Sequence[float], config: MuonConfig) -> None:
     """W <- W (1 - rate decay) - rate rms sqrt(max(R, C)) O for matrices [R, C] of one shape, in place.
 
-    O is the orthogonalised direction; each matrix is orthogonalised by itself, in batches only for speed.
+    O is the orthogonalised direction; each matrix is orthogonalised by itself, in one batch only for speed.
     """
-    rows, columns = weights[0].shape
-    scale = update_scale(rows, columns, config)
-    size = max(1, BATCH_ELEMENTS // (rows * columns))
-    for first in range(0, len(weights), size):
-        part = slice(first, first + size)
-        orthogonal_XRC = orthogonalize(torch.stack(list(directions[part])))
-        for weight, rate, orthogonal in zip(weights[part], rates[part], orthogonal_XRC, strict=True):
-            weight.mul_(1 - rate * config.weight_decay).add_(orthogonal, alpha=-rate * scale)
+    scale = update_scale(*weights[0].shape, config)
+    orthogonal_XRC = orthogonalize(torch.stack(list(directions)))
+    for weight, rate, orthogonal in zip(weights, rates, orthogonal_XRC, strict=True):
+        weight.mul_(1 - rate * config.weight_decay).add_(orthogonal, alpha=-rate * scale)
 
 
 def update_scale(rows: int, columns: int, config: MuonConfig) -> float:

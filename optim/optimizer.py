@@ -6,7 +6,7 @@ A frozen group is left as it is, its momentum and its count of updates too.
 
 import math
 from collections import defaultdict
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -27,12 +27,22 @@ class UpdateStats:
 
 
 class Optimizer:
-    """Updates `parameters` (by name) as `members` say; `members` cover each parameter without overlap."""
+    """Updates `parameters` (by name) as `members` say; `members` cover each parameter without overlap.
 
-    def __init__(self, parameters: Mapping[str, Tensor], members: Sequence[Member], config: OptimConfig) -> None:
+    parallel_map: like `map`, may run the batches of matrices side by side; none depends on another.
+    """
+
+    def __init__(
+        self,
+        parameters: Mapping[str, Tensor],
+        members: Sequence[Member],
+        config: OptimConfig,
+        parallel_map: Callable[..., Iterable[None]] = map,
+    ) -> None:
         groups.check(members, config)
         assert {member.parameter for member in members} == set(parameters)
         self.config = config
+        self._map = parallel_map
         self.members = tuple(members)
         self._parameters = {name: parameter.detach() for name, parameter in parameters.items()}
         self._masters = {name: _master(parameter) for name, parameter in self._parameters.items()}
@@ -103,17 +113,18 @@ class Optimizer:
         for member in self.members:
             if member.parameter in directions:
                 by_shape[member.view(directions[member.parameter]).shape].append(member)
+        parts: list[tuple[list[Tensor], list[Tensor], list[float]]] = []
         for shape, same in by_shape.items():
-            muon.update(
-                [member.view(self._masters[member.parameter]) for member in same],
-                [member.view(directions[member.parameter]) for member in same],
-                [self._rate(member.parameter, rate) for member in same],
-                self.config.muon,
-            )
+            weights = [member.view(self._masters[member.parameter]) for member in same]
+            views = [member.view(directions[member.parameter]) for member in same]
+            rates = [self._rate(member.parameter, rate) for member in same]
+            parts += [(weights[part], views[part], rates[part]) for part in muon.batches(weights)]
             # An orthogonal matrix has min(R, C) singular values 1: the change's sum of squares follows from its scale.
             change = muon.update_scale(*shape, self.config.muon) ** 2 * min(shape)
-            for member in same:
-                squares[member.group].append(change * self._rate(member.parameter, rate) ** 2)
+            for member, of_member in zip(same, rates, strict=True):
+                squares[member.group].append(change * of_member**2)
+        for _ in self._map(lambda part: muon.update(*part, self.config.muon), parts):
+            pass
 
     def _step_others(self, gradients: Mapping[str, Tensor], rate: float, squares: dict[str, list[float]]) -> None:
         for name, gradient in gradients.items():

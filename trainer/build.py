@@ -16,6 +16,7 @@ from trainer import schedule
 from trainer.config import TrainConfig
 from trainer.device import DTYPES
 from trainer.parallel.reduce import ExactSum
+from trainer.pool import RowPool
 from trainer.schedule import StepPlans
 from trainer.step import Parts
 
@@ -68,9 +69,10 @@ def build(config: TrainConfig, data: Data, device: torch.device) -> Built:
         for one in logicals
     ]
     dtype = torch.float64 if config.precision.dtype == "fp64" else torch.float32
+    pool = RowPool(model, config.threads if device.type == "cpu" else 1)
     parts = Parts(
-        model=model,
-        optimizer=Optimizer(shared, members, config.optim),
+        pool=pool,
+        optimizer=Optimizer(shared, members, config.optim, pool.plain_map),
         sums=ExactSum({name: tensor.shape for name, tensor in shared.items()}, dtype=dtype, device=device),
         stream=data.train,
         loss=config.loss,

@@ -93,7 +93,7 @@ class TrainConfig:
     runs_dir: str = "runs"
     device: Literal["auto", "cpu", "cuda"] = "auto"
     threads: int = 2
-    """Intra-op threads on a CPU: fixed and recorded, because another count gives other bits."""
+    """Rows computed at the same time on a CPU, one core each; the bits of a run do not depend on it."""
     deterministic: bool = True
     model: ModelConfig
     init: InitConfig = field(default_factory=InitConfig)

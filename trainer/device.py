@@ -10,9 +10,10 @@ DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16}
 def settle(config: TrainConfig) -> torch.device:
     """Choose the device, fix the thread count, switch deterministic algorithms on; ValueError if there is no GPU.
 
+    One thread inside each operation: `threads` of them run rows side by side (trainer/pool.py).
     CUBLAS_WORKSPACE_CONFIG, which CUDA needs for deterministic products, is set by `launch` before torch starts.
     """
-    torch.set_num_threads(config.threads)
+    torch.set_num_threads(1)
     torch.use_deterministic_algorithms(config.deterministic)
     # Filling fresh memory guards against reads of it, which no kernel here does, and costs thousands of passes a step.
     torch.utils.deterministic.fill_uninitialized_memory = False

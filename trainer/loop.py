@@ -46,7 +46,7 @@ def run_steps(built: Built, outlets: Outlets, held_out: HeldOut, first_step: int
         seconds = time.perf_counter() - started
         row = _row(plan, result, seconds, time.perf_counter() - begun)
         if done % built.config.validation.every_steps == 0 or done == len(built.plans):
-            row |= held_out.measure(built.parts.model, plan.attention)
+            row |= held_out.measure(built.parts.pool, plan.attention)
         _emit(outlets, row)
         if done % built.config.checkpoint.every_steps == 0 and done < last:
             save(built, outlets, done)

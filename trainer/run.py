@@ -110,7 +110,7 @@ def _run(built: Built, run_folder: RunFolder, facts: Mapping[str, Any], loaded: 
 
 def _finish(built: Built, run_folder: RunFolder, held_out: HeldOut) -> None:
     config, mode = built.config, attention_after(built, len(built.plans))
-    final = held_out.measure(built.parts.model, mode)
+    final = held_out.measure(built.parts.pool, mode)
     _say(f"held-out loss {final['validation/loss']:.4f} nats, {final['validation/bits_per_byte']:.4f} bits per byte")
     if config.validation.bigram:
         bar = held_out.bigram(built.data)

@@ -19,21 +19,26 @@ from optim.optimizer import Optimizer, UpdateStats
 from trainer import row
 from trainer.config import LossConfig
 from trainer.parallel.reduce import ExactSum
+from trainer.pool import RowPool
 from trainer.row import RowSums, TermCounts
 from trainer.schedule import StepPlan
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Parts:
-    """What a step works on. groups: the parameter groups of the model by parameter name."""
+    """What a step works on. pool: the model, as often as rows run at the same time. groups: by parameter name."""
 
-    model: Transformer
+    pool: RowPool
     optimizer: Optimizer
     sums: ExactSum
     stream: Stream
     loss: LossConfig
     groups: dict[str, str]
     device: torch.device
+
+    @property
+    def model(self) -> Transformer:
+        return self.pool.model
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -55,21 +60,27 @@ def train_step(parts: Parts, plan: StepPlan, stopped: Callable[[], bool]) -> Ste
     )
     _train_only(parts, frozen)
     parts.sums.reset()
-    results = []
-    for index in range(plan.rows):
+
+    def leaf(model: Transformer, index: int) -> RowSums | None:
         if stopped():
             return None
-        leaf = row.pick(batch, index, parts.device)
+        one = row.pick(batch, index, parts.device)
         if plan.attention == "indexer_warmup":
-            results.append(row.learn_indexer(parts.model, leaf, weights))
+            result = row.learn_indexer(model, one, weights)
         else:
-            results.append(row.learn(parts.model, leaf, plan.attention, weights))
-        _collect(parts)
+            result = row.learn(model, one, plan.attention, weights)
+        _collect(model, parts.sums)
+        return result
+
+    results = list(parts.pool.map(leaf, range(plan.rows)))
+    whole = [result for result in results if result is not None]
+    if len(whole) < plan.rows:
+        return None
     gradients = _trained(parts, parts.sums.result(), frozen)
     update = parts.optimizer.step(gradients, rate=plan.rate, frozen_groups=frozen)
     if plan.attention != "indexer_warmup":
-        update_biases(parts.model, results, parts.loss.bias_update_speed)
-    return StepResult(counts=counts, rows=tuple(results), update=update)
+        update_biases(parts.model, whole, parts.loss.bias_update_speed)
+    return StepResult(counts=counts, rows=tuple(whole), update=update)
 
 
 def frozen_groups(mode: AttentionMode, groups: dict[str, str]) -> frozenset[str]:
@@ -88,16 +99,17 @@ def update_biases(model: Transformer, rows: list[RowSums], speed: float) -> None
 
 
 def _train_only(parts: Parts, frozen: frozenset[str]) -> None:
-    for name, parameter in parts.model.named_parameters():
-        parameter.requires_grad_(parts.groups[alias_of(name) or name] not in frozen)
-        parameter.grad = None
+    for view in parts.pool.views:
+        for name, parameter in view.named_parameters():
+            parameter.requires_grad_(parts.groups[alias_of(name) or name] not in frozen)
+            parameter.grad = None
 
 
-def _collect(parts: Parts) -> None:
+def _collect(model: Transformer, sums: ExactSum) -> None:
     """Move the row's gradients into the sums; each use of a shared weight is a leaf of its own."""
-    for name, parameter in parts.model.named_parameters():
+    for name, parameter in model.named_parameters():
         if parameter.grad is not None:
-            parts.sums.add(alias_of(name) or name, parameter.grad)
+            sums.add(alias_of(name) or name, parameter.grad)
             parameter.grad = None
 
 

@@ -12,6 +12,8 @@ from model.config import AttentionMode
 from model.transformer import Transformer
 from trainer import metrics, row
 from trainer.baseline import Bigram, bigram
+from trainer.pool import RowPool
+from trainer.row import RowSums
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -21,11 +23,15 @@ class HeldOut:
     batch: Batch
     byte_count_V: Tensor
 
-    def measure(self, model: Transformer, mode: AttentionMode) -> dict[str, float]:
+    def measure(self, pool: RowPool, mode: AttentionMode) -> dict[str, float]:
         """The metrics named validation/* and indexer/*; the model is not changed."""
-        device = model.embed.weight.device
+        device = pool.model.embed.weight.device
         target_BT = self.batch.target_BT
-        rows = [row.measure(model, row.pick(self.batch, i, device), mode) for i in range(len(target_BT))]
+
+        def measure(model: Transformer, index: int) -> RowSums:
+            return row.measure(model, row.pick(self.batch, index, device), mode)
+
+        rows = list(pool.map(measure, range(len(target_BT))))
         num_bytes = int(self.byte_count_V[target_BT[target_BT >= 0]].sum())
         return metrics.validation(rows, row.count_rows(self.batch), num_bytes)
 

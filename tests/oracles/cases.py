@@ -212,20 +212,21 @@ def write_released(folder: Path, config: Mapping[str, Any], weights: Mapping[str
 
 
 def router_margin(result: Result, weights: Mapping[str, Tensor]) -> float:
-    """Smallest distance between the last chosen and the first unchosen score + bias, over learned layers and tokens.
+    """Smallest distance between the K-th and the next expert, over learned layers and tokens.
 
-    Infinite where every layer is hashed or every expert chosen. A comparison in lower precision needs a margin well
-    above that precision's error, or it sees other experts and proves nothing.
+    In the order of score + bias, by which experts are chosen, and in that of the bare score, which the balance loss
+    counts. Infinite where every layer is hashed or every expert chosen. A comparison in lower precision needs a margin
+    well above that precision's error, or it sees other experts and proves nothing.
     """
     margin = math.inf
     for name, layer in result.layers.items():
-        bias_name = "mtp.0.ffn.gate.bias" if name == "mtp" else f"layers.{name}.ffn.gate.bias"
-        if layer.hashed or layer.router_index_TK.shape[1] == layer.router_score_TE.shape[1]:
+        score_TE, chosen = layer.router_score_TE.detach(), layer.router_index_TK.shape[1]
+        if layer.hashed or chosen == score_TE.shape[1]:
             continue
-        key_TE = (layer.router_score_TE + weights[bias_name]).detach()
-        chosen_TE = torch.zeros_like(key_TE, dtype=torch.bool).scatter(1, layer.router_index_TK, True)
-        last_T = key_TE.masked_fill(~chosen_TE, math.inf).amin(1)
-        margin = min(margin, float((last_T - key_TE.masked_fill(chosen_TE, -math.inf).amax(1)).min()))
+        bias_E = weights["mtp.0.ffn.gate.bias" if name == "mtp" else f"layers.{name}.ffn.gate.bias"].detach()
+        for key_TE in (score_TE + bias_E, score_TE):
+            ranked_TE = key_TE.sort(dim=1, descending=True).values
+            margin = min(margin, float((ranked_TE[:, chosen - 1] - ranked_TE[:, chosen]).min()))
     return margin
 
 

@@ -62,12 +62,14 @@ def test_margins_are_the_distance_to_another_selection() -> None:
 
 
 def brute_router_margin(result: Result, weights: dict[str, Tensor]) -> list[float]:
-    """Gap after the K-th of the sorted keys, for every token of every layer."""
+    """How far the best expert left out lies below the worst one taken, by both orders, for every token and layer."""
     gaps = []
     for name, layer in result.layers.items():
-        prefix = "mtp.0" if name == "mtp" else f"layers.{name}"
-        chosen = layer.router_index_TK.shape[1]
-        for score in layer.router_score_TE:
-            ranked = sorted((score + weights[f"{prefix}.ffn.gate.bias"]).tolist(), reverse=True)
-            gaps.append(ranked[chosen - 1] - ranked[chosen])
+        bias = weights["mtp.0.ffn.gate.bias" if name == "mtp" else f"layers.{name}.ffn.gate.bias"]
+        for score, index in zip(layer.router_score_TE, layer.router_index_TK.tolist(), strict=True):
+            key = (score + bias).tolist()
+            left_out = [key[e] for e in range(len(key)) if e not in index]
+            gaps.append(min(key[e] for e in index) - max(left_out))
+            bare = sorted(score.tolist())
+            gaps.append(bare[-len(index)] - bare[-len(index) - 1])
     return gaps

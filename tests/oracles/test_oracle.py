@@ -5,7 +5,6 @@ was written from the specification alone. Agreement to rounding is therefore agr
 """
 
 import json
-import os
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -25,17 +24,6 @@ NAMES = ["mixed", "nohash", "ratio128"]
 
 ROUNDING = 1e-12
 """Both sides compute in float64 and differ in the order of sums: 2e-14 measured on logits of size 1."""
-
-
-@pytest.fixture(scope="session")
-def shared() -> Path:
-    """The folder with the large fixtures, which lies beside the repository."""
-    folder = Path(__file__).parents[2].parent / "shared"
-    if not folder.is_dir():
-        if os.environ.get("CI") == "true":
-            pytest.fail(f"fixtures = {folder}: expected the folder to exist in CI")
-        pytest.skip("needs the fixtures in ../shared")
-    return folder
 
 
 @cache

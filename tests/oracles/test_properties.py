@@ -241,6 +241,14 @@ def test_gradients_are_differences_of_the_loss(kind: str) -> None:
         assert difference == pytest.approx(float(gradient.view(-1)[entry]), rel=1e-6, abs=1e-9), name
 
 
+def test_hash_layers_have_no_balance_loss_and_only_csa_layers_an_indexer_loss() -> None:
+    config, weights = random_case(3, compress_ratios=[4, 0, 8, 4, 0], num_hash_layers=2)
+    (ids,) = documents(3, [5], config["vocab_size"])
+    parts = losses(config, forward(config, weights, ids), ids)
+    assert list(parts.balance_sum) == list(parts.balance_count) == ["2", "3", "mtp"]
+    assert list(parts.indexer_sum) == list(parts.indexer_count) == ["0", "3"]
+
+
 def test_total_divides_by_all_documents_together() -> None:
     config, weights = random_case(2, **SMALL)
     ids = documents(2, [3, 11, 1], 23)

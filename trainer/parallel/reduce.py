@@ -4,6 +4,7 @@ A leaf is rounded once to a multiple of 2^-48, to nearest even; from there on th
 who computed which row, nor in what order they arrive.
 """
 
+import threading
 from collections.abc import Mapping
 
 import torch
@@ -22,6 +23,7 @@ class ExactSum:
     def __init__(self, shapes: Mapping[str, torch.Size], dtype: torch.dtype, device: torch.device) -> None:
         """dtype: of the leaves as they are rounded and of the result, fp32 or fp64."""
         self._dtype = dtype
+        self._lock = threading.Lock()
         self._sums = {name: torch.zeros(shape, dtype=torch.int64, device=device) for name, shape in shapes.items()}
         self._largest = dict.fromkeys(shapes, 0.0)
 
@@ -34,7 +36,10 @@ class ExactSum:
 
     @torch.no_grad()
     def add(self, name: str, leaf: Tensor) -> None:
-        """Add one leaf. Raises FloatingPointError if it is not finite, OverflowError if the sum could overflow."""
+        """Add one leaf; threads may call it at the same time.
+
+        Raises FloatingPointError if it is not finite, OverflowError if the sum could overflow.
+        """
         total = self._sums[name]
         assert leaf.shape == total.shape, (name, leaf.shape, total.shape)
         if leaf.numel() == 0:
@@ -42,6 +47,10 @@ class ExactSum:
         largest = float(torch.linalg.vector_norm(leaf, torch.inf))
         if not largest < torch.inf:
             raise FloatingPointError(f"gradient {name}: expected finite values, found {largest}")
+        with self._lock:
+            self._add(name, leaf, total, largest)
+
+    def _add(self, name: str, leaf: Tensor, total: Tensor, largest: float) -> None:
         self._largest[name] += largest
         if self._largest[name] >= LIMIT:
             raise OverflowError(

@@ -1,0 +1,172 @@
+"""Negative controls, first half: mistakes in mHC, visibility, attention, compressor, RoPE and indexer."""
+
+from tests.model.mistakes import mistake
+
+MHC = {
+    "comb untransposed": mistake("mhc.expand", ("comb_BTNN.transpose(-1, -2)", "comb_BTNN")),
+    "comb logits read column by column": mistake(
+        "mhc.mixes", (".unflatten(-1, (N, N))", ".unflatten(-1, (N, N)).mT.contiguous()")
+    ),
+    "sinkhorn rows before columns": mistake("mhc._axis", ("division % 2", "1 - division % 2")),
+    "sinkhorn one round fewer": mistake("mhc._rounds", ("2 * iterations - 1", "2 * iterations - 3")),
+    "sinkhorn one division more": mistake("mhc._rounds", ("2 * iterations - 1", "2 * iterations")),
+    "softmax without eps": mistake("mhc._rounds", ("results[0] + eps", "results[0]")),
+    "sums without eps": mistake("mhc._rounds", (".add_(eps)", "")),
+    "pre without eps": mistake("mhc.mixes", ("base_pre) + hc_eps", "base_pre)")),
+    "post without the factor 2": mistake("mhc.mixes", ("2 * torch.sigmoid", "torch.sigmoid")),
+    "scales of pre and post exchanged": mistake(
+        "mhc.mixes", ("scale[0] * pre", "scale[1] * pre"), ("scale[1] * post", "scale[0] * post")
+    ),
+    "streams not normalised": mistake(
+        "mhc.normalized_product",
+        (" * torch.rsqrt(x.square().mean(-1, keepdim=True) + norm_eps)", ""),
+    ),
+    "last collapse without eps": mistake("mhc.head", ("+ base) + hc_eps", "+ base)")),
+    "sinkhorn backward without the divisor's gradient": mistake(
+        "mhc._Sinkhorn.backward", ("(grad_NNP - mean)", "grad_NNP.clone()")
+    ),
+}
+
+VISIBILITY = {
+    "block visible one token early": mistake(
+        "visibility._blocks", ("high_BT=high_BT,", "high_BT=high_BT + ((position_BT + 2) % m == 0),")
+    ),
+    "block visible one token late": mistake(
+        "visibility._blocks", ("high_BT=high_BT,", "high_BT=high_BT - ends_BT.int(),")
+    ),
+    "blocks of earlier documents visible": mistake(
+        "visibility._blocks", ("low_BT=high_BT - (position_BT + 1) // m", "low_BT=torch.zeros_like(high_BT)")
+    ),
+    "block grid shifted by a token": mistake("visibility._blocks", ("last_BS - (m - 1)", "(last_BS - m).clamp_min(0)")),
+    "first block knows the document before": mistake("visibility._blocks", ("position_BS > 0", "position_BS >= 0")),
+    "window one too wide": mistake("visibility.layout", ("max=window - 1", "max=window")),
+    "window one too narrow": mistake("visibility.layout", ("max=window - 1", "max=window - 2")),
+    "window into the document before": mistake(
+        "visibility.layout", ("position_BT.clamp(max=window - 1)", "torch.full_like(position_BT, window - 1)")
+    ),
+    "window with the next token": mistake(
+        "attend.Chunk.visible_window", ("key_W <= query_Q1", "key_W <= query_Q1 + 1")
+    ),
+}
+
+ATTENTION = {
+    "sink dropped": mistake(
+        "attend._Attend.forward",
+        ("torch.logaddexp(torch.logsumexp(score_BQHK, -1), at_least_fp32(sink_H))", "torch.logsumexp(score_BQHK, -1)"),
+    ),
+    "sink contributes a value": mistake(
+        "attend._Attend.forward",
+        (
+            "torch.exp(score_BQHK - lse_BQH.unsqueeze(-1))",
+            "torch.exp(score_BQHK - lse_BQH.unsqueeze(-1)) + torch.exp(sink_H - lse_BQH).unsqueeze(-1) / 9",
+        ),
+    ),
+    "sink learns in the wrong direction": mistake("attend._Attend.backward", ("grad_sink -=", "grad_sink +=")),
+    "values get no gradient of the output": mistake("attend._Attend.backward", (" + p.transpose(1, 2) @ grad_out", "")),
+    "scores not scaled": mistake("attend._scores", (" * q_BTHC.shape[-1] ** -0.5", "")),
+    "q without its norm per head": mistake(
+        "attention.Attention._queries", ("rms_normalize(q_BTHC, self.config.rms_norm_eps)", "q_BTHC")
+    ),
+    "q latent without norm": mistake(
+        "attention.Attention.forward", ("self.q_norm(self.wq_a(h_BTD))", "self.wq_a(h_BTD)")
+    ),
+    "kv without norm": mistake("attention.Attention.forward", ("self.kv_norm(self.wkv(h_BTD))", "self.wkv(h_BTD)")),
+    "outputs not rotated back": mistake(
+        "attention.Attention.forward", ("rotate(o_BTHC, turn_T, inverse=True)", "o_BTHC")
+    ),
+    "outputs rotated on": mistake("attention.Attention.forward", ("inverse=True", "inverse=False")),
+    "output groups interleaved": mistake(
+        "attention.GroupedLinear.forward", ("(self.groups, -1))\n    return", "(-1, self.groups)).mT\n    return")
+    ),
+}
+
+ROPE = {
+    "RoPE on the first channels": mistake(
+        "rope.rotate",
+        (
+            "still, turned = x.split([x.shape[-1] - 2 * pairs, 2 * pairs]",
+            "turned, still = x.split([2 * pairs, x.shape[-1] - 2 * pairs]",
+        ),
+        ("(still, turned.to(x.dtype))", "(turned.to(x.dtype), still)"),
+    ),
+    "RoPE pairs half a width apart": mistake(
+        "rope.rotate",
+        ("unflatten(-1, (pairs, 2)).unbind(-1)", "chunk(2, -1)"),
+        (
+            "torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2)",
+            "torch.cat((even * cos - odd * sin, even * sin + odd * cos), dim=-1)",
+        ),
+    ),
+    "entries rotated at their last token": mistake(
+        "transformer.Transformer._place", ("self._turn(blocks.position_BS,", "self._turn(blocks.position_BS + r - 1,")
+    ),
+    "compressed layers with the window layers' theta": mistake(
+        "rope.frequencies", ("config.compress_rope_theta if compressed else config.rope_theta", "config.rope_theta")
+    ),
+    "window layers with the compressed layers' theta": mistake(
+        "rope.frequencies",
+        ("config.compress_rope_theta if compressed else config.rope_theta", "config.compress_rope_theta"),
+    ),
+    "YaRN ramp inverted": mistake("rope._yarn_keep", ("return 1 - (", "return (")),
+    "YaRN dropped": mistake("rope.frequencies", ("config.rope_scaling is None", "config.rope_scaling is not None")),
+    "YaRN in window layers too": mistake("rope.frequencies", ("not compressed or ", "")),
+}
+
+COMPRESSOR = {
+    "overlap halves exchanged": mistake(
+        "compressor.compress_overlapped",
+        ("value_BSMC[..., :half].roll", "value_BSMC[..., half:].roll"),
+        ("logit_BSMC[..., :half].roll", "logit_BSMC[..., half:].roll"),
+        ("(value_before, value_BSMC[..., half:])", "(value_before, value_BSMC[..., :half])"),
+        ("(logit_before, logit_BSMC[..., half:])", "(logit_before, logit_BSMC[..., :half])"),
+    ),
+    "a missing block before counts as zeros": mistake(
+        "compressor.compress_overlapped", ("masked_fill(missing, -torch.inf)", "masked_fill(missing, 0)")
+    ),
+    "ape dropped": mistake("compressor.Compressor.forward", (" + self.ape", "")),
+    "softmax over channels": mistake("compressor.compress", ("dim=2", "dim=3")),
+    "entries without norm": mistake("compressor.Compressor.forward", ("self.norm(entry_BSC)", "entry_BSC")),
+    "entries normalised after RoPE": mistake(
+        "compressor.Compressor.forward",
+        ("rotate(self.norm(entry_BSC), turn_S)", "self.norm(rotate(entry_BSC, turn_S))"),
+    ),
+}
+
+INDEXER = {
+    "top-k over invisible blocks": mistake(
+        "indexer._top", ("score_BQS.masked_fill(~chunk.visible_entries(), -torch.inf)", "score_BQS")
+    ),
+    "one block fewer selected": mistake("indexer.select", ("min(topk, index", "min(topk - 1, index")),
+    "the lowest scores selected": mistake("indexer._top", ("ranked = score_BQS", "ranked = (-score_BQS)")),
+    "index scores without relu": mistake("indexer.scores", ("torch.relu(product)", "product")),
+    "index weights not scaled by heads": mistake("indexer.Indexer.forward", (" * self.heads**-0.5", "")),
+    "index queries not rotated": mistake(
+        "indexer.Indexer.forward",
+        (
+            "rotate(self.wq_b(qr_BTQ).unflatten(-1, (self.heads, self.dim)), turn_T)",
+            "self.wq_b(qr_BTQ).unflatten(-1, (self.heads, self.dim))",
+        ),
+    ),
+    "indexer's input not detached": mistake(
+        "indexer.Indexer.forward", ("h_BTD.detach(), qr_BTQ.detach()", "h_BTD, qr_BTQ")
+    ),
+    "KL reversed": mistake(
+        "indexer._chunk_kl",
+        (
+            "torch.xlogy(p_BQS, p_BQS) - p_BQS * log_q.masked_fill(~visible_BQS, 0)",
+            "log_q.exp() * (log_q.masked_fill(~visible_BQS, 0) - p_BQS.clamp_min(1e-30).log())",
+        ),
+    ),
+    "KL target not normalised": mistake(
+        "indexer.target_probability",
+        (" / p_BQS.sum(-1, keepdim=True).clamp_min(torch.finfo(p_BQS.dtype).tiny)", ""),
+    ),
+    "KL target of one head": mistake("indexer.target_probability", ("p_BQHS.sum(2)", "p_BQHS[:, :, 0]")),
+    "KL target without the heads' shares": mistake(
+        "indexer.target_probability", (" - target.lse_BTH[:, chunk.rows].unsqueeze(-1)", "")
+    ),
+    "KL of the sparse stage over all visible blocks": mistake(
+        "attention.Attention._attend", ("kl_sum(index, target, parts,", "kl_sum(index, target, dense,")
+    ),
+    "KL counts padding": mistake("indexer._chunk_kl", (" & counted_BQ.unsqueeze(-1)", "")),
+}
