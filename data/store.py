@@ -10,7 +10,7 @@ import numpy as np
 from data.cache import cache_folder, write_folder_once
 from data.config import DataConfig, Report
 from data.split import Documents, hash_of_hashes
-from data.tokenizer import Tokenizer
+from data.tokenizer import DOCUMENT_LAYOUT, Tokenizer
 
 TOKENS, OFFSETS = "tokens.int32", "offsets.int64"
 BATCH_BYTES = 2**21
@@ -49,7 +49,7 @@ def open_store(
     label: str, documents: Documents, tokenizer: Tokenizer, config: DataConfig, report: Report
 ) -> TokenStore:
     """Return the token store of these documents, tokenised now unless the cache holds it."""
-    key = f"{hash_of_hashes(documents.hashes)} {tokenizer.fingerprint}"
+    key = f"{DOCUMENT_LAYOUT} {hash_of_hashes(documents.hashes)} {tokenizer.fingerprint}"
     folder = cache_folder(config.cache_dir, "tokens") / hashlib.sha256(key.encode()).hexdigest()[:32]
     if not folder.exists():
         tokens, offsets = _tokenise(label, documents, tokenizer, report)

@@ -14,7 +14,7 @@ from data.cache import cache_folder, write_once
 from data.config import DataConfig
 from data.source import StreamReader
 from data.split import Split, content_hash
-from data.tokenizer import Tokenizer
+from data.tokenizer import DOCUMENT_LAYOUT, Tokenizer
 
 CHUNKS_IN_MEMORY = 2
 """The chunk in use and the one before or after it."""
@@ -56,7 +56,7 @@ class StreamedChunks:
         self._chunk_documents = config.chunk_documents
         source = config.sources[name]
         records = (source.path, source.field, source.name, source.split, config.chunk_documents)
-        key = repr((*records, tokenizer.fingerprint, split.fraction, sorted(split.extra), held_out))
+        key = repr((DOCUMENT_LAYOUT, *records, tokenizer.fingerprint, split.fraction, sorted(split.extra), held_out))
         self._folder = cache_folder(config.cache_dir, f"streams/{hashlib.sha256(key.encode()).hexdigest()[:32]}")
         self._num_chunks: int | None = None
         self._num_known = 0

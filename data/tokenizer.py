@@ -18,6 +18,8 @@ SPECIAL_TOKENS = ("<|bos|>", "<|eos|>", "<|pad|>")
 BOS_NAMES = ("<|bos|>", "<｜begin▁of▁sentence｜>", "<|begin_of_text|>", "<s>")
 EOS_NAMES = ("<|eos|>", "<｜end▁of▁sentence｜>", "<|end_of_text|>", "</s>", "<|endoftext|>")
 PAD_NAMES = ("<|pad|>", "<｜▁pad▁｜>", "<pad>")
+DOCUMENT_LAYOUT = "bos ids eos"
+"""Part of every cache key that holds documents."""
 TRAINING_BYTES = 32 * 2**20
 """Text that a BPE is trained on at most (12 MB and 1024 entries take about 5 s)."""
 PROBE = "Ünïcödé 漢字 \U0001f600\n\tif x:\r\n    return  0x1F\x00"
@@ -39,6 +41,8 @@ class Tokenizer:
         self._backend.encode_special_tokens = True  # "<|eos|>" in a text is text: a document cannot end itself
         self._backend.no_truncation()
         self._backend.no_padding()
+        self.json_text = json_text
+        """The tokenizer.json itself: kept beside a run, it opens the same tokenizer without the corpus."""
         self.fingerprint = hashlib.sha256(json_text.encode()).hexdigest()
         self.eos_id = self._special_id(EOS_NAMES, None)
         self.bos_id = self._special_id(BOS_NAMES, self.eos_id)

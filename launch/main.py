@@ -88,3 +88,7 @@ def _help() -> str:
 def _complain(text: str) -> int:
     print(f"keel: error: {' '.join(text.split())}", file=sys.stderr)
     return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -71,7 +71,8 @@ def parameters(config: ModelConfig) -> Counts:
 
     Active per token (spec 1.2): of the main model all parameters but the embedding, whose table is only looked up;
     lm_head, norms, mHC, router and indexer included; of the routed experts the K chosen ones, and the shared expert.
-    Flash: 284.33 B + 6.61 B MTP, 13.27 B active. Pro: 1573.00 B + 25.84 B, 48.85 B. Equal to the built model's.
+    In units of 1e9, main - embedding - experts + chosen experts = active; Flash: 284.332 - 0.530 - 277.025 + 6.493 =
+    13.270, and 6.610 in the MTP block; Pro: 1572.997 - 0.927 - 1547.396 + 24.178 = 48.852, and 25.840.
     """
     main, mtp, active, buffers = Counter[str](), Counter[str](), Counter[str](), 0
     for spec in released_tensors(config, experts=1):

@@ -34,7 +34,7 @@ def run_steps(built: Built, outlets: Outlets, held_out: HeldOut, first_step: int
 
     A step that was interrupted leaves nothing behind, so the checkpoint is of the last whole one.
     """
-    begun, done = time.perf_counter(), first_step
+    begun, done, saved = time.perf_counter(), first_step, first_step
     last = min(stop_at, len(built.plans))
     while done < last and not stop():
         started = time.perf_counter()
@@ -50,7 +50,8 @@ def run_steps(built: Built, outlets: Outlets, held_out: HeldOut, first_step: int
         _emit(outlets, row)
         if done % built.config.checkpoint.every_steps == 0 and done < last:
             save(built, outlets, done)
-    if done > first_step:
+            saved = done
+    if done > saved:
         save(built, outlets, done)
     return done
 

@@ -1,6 +1,7 @@
 """A stream read by chunks gives pure rows too, jumps by its notes, wraps at its end, and is refused when changed."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -110,10 +111,15 @@ def test_every_length_of_stream_ends_where_it_ends(config: DataConfig, tmp_path:
 
 
 def test_a_stream_without_documents_on_one_side_is_refused(config: DataConfig, tmp_path: Path) -> None:
+    held_out = [text for text in TEXTS if int.from_bytes(content_hash(text)[-8:], "big") < 0.2 * 2**64]
+    trained = [text for text in TEXTS if text not in held_out]
+    for texts, missing in ((trained, "validation"), (held_out, "train")):
+        write(tmp_path, texts)
+        with pytest.raises(ValueError, match=rf"data.sources.live = no {missing} document: expected at least one"):
+            open_stream(replace(config, cache_dir=str(tmp_path / missing)))
+
+
+def test_an_empty_stream_is_refused(config: DataConfig, tmp_path: Path) -> None:
     write(tmp_path, [])
-    with pytest.raises(ValueError, match=r"data.sources.live = no train document: expected at least one"):
-        open_stream(config)
-    trained = [text for text in TEXTS if int.from_bytes(content_hash(text)[-8:], "big") >= 0.2 * 2**64]
-    write(tmp_path, trained[:40])
-    with pytest.raises(ValueError, match=r"data.sources.live = no validation document: expected at least one"):
+    with pytest.raises(ValueError, match=r"data.sources.live.path = .*: expected what `datasets` can stream"):
         open_stream(config)

@@ -28,7 +28,7 @@ ROOT = Path(__file__).resolve().parents[2]
         (["+optim.rate_scale.indexer=0.5"], "optim.rate_scale.indexer", 0.5),
         (["optim.freeze=[head]"], "optim.freeze", ("head",)),
         (["schedule.row_length.0.value=256"], "schedule.row_length", ({"from_tokens": 0, "value": 256},)),
-        (["model.compress_ratios=[0,4,16,0,0]"], "model.compress_ratios", (0, 4, 16, 0, 0)),
+        (["model.num_hidden_layers=2", "model.compress_ratios=[4,16,0]"], "model.compress_ratios", (4, 16, 0)),
         (["model.rope_scaling={factor: 4, original_max_position_embeddings: 64}"], "model.rope_scaling.factor", 4),
         (["tracking.wandb=off"], "tracking.wandb", "off"),
         (["tracking=off"], "tracking.wandb", "off"),
@@ -37,8 +37,8 @@ ROOT = Path(__file__).resolve().parents[2]
         (["precision=bf16"], "precision.dtype", "bf16"),
         (["model=small", "model.hidden_size=256"], "model.hidden_size", 256),
         (["model.hidden_size=256", "model=small"], "model.hidden_size", 256),
-        (["recipe=flash", "model=debug", "schedule=debug", "model.vocab_size=2048"], "model.num_hidden_layers", 4),
-        (["seed=${model.hidden_size}"], "seed", 128),
+        (["recipe=flash", "model=debug", "schedule=debug", "model.vocab_size=200000"], "model.rope_scaling", None),
+        (["seed=${model.hidden_size}", "model.hidden_size=96"], "seed", 96),
         (["seed=1", "seed=2"], "seed", 2),
     ],
 )
@@ -122,3 +122,10 @@ def test_checking_a_configuration_imports_neither_torch_nor_numpy() -> None:
 def test_choices_are_the_files_of_a_group() -> None:
     assert choices("recipe") == ["debug", "flash", "pro"]
     assert CONFIGS == ROOT / "configs"
+
+
+def test_a_misspelt_key_in_a_file_is_named_before_the_missing_one(tmp_path: Path) -> None:
+    text = "\n".join(render(asdict(compose([]).config)))
+    (tmp_path / "config.yaml").write_text(text.replace("hidden_size:", "hiden_size:", 1))
+    with pytest.raises(ValueError, match=r"^model\.hiden_size = \d+: .*did you mean model\.hidden_size"):
+        read(tmp_path / "config.yaml")

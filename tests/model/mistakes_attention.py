@@ -10,7 +10,7 @@ MHC = {
     "sinkhorn rows before columns": mistake("mhc._axis", ("division % 2", "1 - division % 2")),
     "sinkhorn one round fewer": mistake("mhc._rounds", ("2 * iterations - 1", "2 * iterations - 3")),
     "sinkhorn one division more": mistake("mhc._rounds", ("2 * iterations - 1", "2 * iterations")),
-    "softmax without eps": mistake("mhc._rounds", ("results[0] + eps", "results[0]")),
+    "softmax without eps": mistake("mhc._rounds", ("softmax + eps, []", "softmax, []")),
     "sums without eps": mistake("mhc._rounds", (".add_(eps)", "")),
     "pre without eps": mistake("mhc.mixes", ("base_pre) + hc_eps", "base_pre)")),
     "post without the factor 2": mistake("mhc.mixes", ("2 * torch.sigmoid", "torch.sigmoid")),
@@ -51,17 +51,13 @@ VISIBILITY = {
 
 ATTENTION = {
     "sink dropped": mistake(
-        "attend._Attend.forward",
-        ("torch.logaddexp(torch.logsumexp(score_BQHK, -1), at_least_fp32(sink_H))", "torch.logsumexp(score_BQHK, -1)"),
+        "attend._Attend.forward", (" + torch.exp(at_least_fp32(sink_H).unsqueeze(-1) - max_BQH1)", "")
     ),
     "sink contributes a value": mistake(
         "attend._Attend.forward",
-        (
-            "torch.exp(score_BQHK - lse_BQH.unsqueeze(-1))",
-            "torch.exp(score_BQHK - lse_BQH.unsqueeze(-1)) + torch.exp(sink_H - lse_BQH).unsqueeze(-1) / 9",
-        ),
+        ("(exp_BQHK.flatten", "((exp_BQHK + (total_BQH1 - exp_BQHK.sum(-1, keepdim=True)) / 9).flatten"),
     ),
-    "sink learns in the wrong direction": mistake("attend._Attend.backward", ("grad_sink -=", "grad_sink +=")),
+    "sink learns in the wrong direction": mistake("attend._Attend.backward", ("grad_sink = -(", "grad_sink = (")),
     "values get no gradient of the output": mistake("attend._Attend.backward", (" + p.transpose(1, 2) @ grad_out", "")),
     "scores not scaled": mistake("attend._scores", (" * q_BTHC.shape[-1] ** -0.5", "")),
     "q without its norm per head": mistake(
@@ -113,6 +109,10 @@ ROPE = {
 }
 
 COMPRESSOR = {
+    "tokens of no block get a gradient": mistake("gather._Take.backward", (".masked_fill_(missing, 0)", "")),
+    "tokens pick another block": mistake(
+        "visibility._blocks", ("high_BT - ends_BT.int(), position_BT % m", "high_BT, position_BT % m")
+    ),
     "overlap halves exchanged": mistake(
         "compressor.compress_overlapped",
         ("value_BSMC[..., :half].roll", "value_BSMC[..., half:].roll"),
@@ -167,6 +167,9 @@ INDEXER = {
     ),
     "KL of the sparse stage over all visible blocks": mistake(
         "attention.Attention._attend", ("kl_sum(index, target, parts,", "kl_sum(index, target, dense,")
+    ),
+    "the dense stage attends the selection": mistake(
+        "attention.Attention._attend", ('if place.mode == "sparse":', 'if place.mode != "dense":')
     ),
     "KL counts padding": mistake("indexer._chunk_kl", (" & counted_BQ.unsqueeze(-1)", "")),
 }

@@ -33,7 +33,8 @@ EXPERTS = {
         ),
     ),
     "results not put back in token order": mistake(
-        "dispatch.LocalDispatcher.combine", ("torch.argsort(dispatched.order_P)", "dispatched.order_P")
+        "dispatch.LocalDispatcher.combine",
+        ("dispatched.back_P, dispatched.order_P", "dispatched.order_P, dispatched.back_P"),
     ),
     "experts' gradient of the wrong rows": mistake(
         "experts._GroupedMatmul.backward", ("grad_PF.split(counts)", "grad_PF.flip(0).split(counts)")
@@ -69,7 +70,7 @@ LOSSES = {
         "losses._CrossEntropySum.forward", ("grad_PV.mul_(learned)", "grad_PV.mul_(1)")
     ),
     "masked targets in the denominator": mistake("losses.count", ("(target_BT >= 0).sum()", "counted_BT.sum()")),
-    "KL over tokens without blocks too": mistake("losses.count", ("(position_BT + 1 >= CSA_RATIO)", "counted_BT")),
+    "KL over tokens without blocks too": mistake("losses.count", ("(position_BT >= CSA_RATIO - 1)", "counted_BT")),
     "layers' terms without their weight": mistake("losses._Attach.backward", ("ctx.scale", "1.0")),
     "balance over the whole row": mistake("moe.balance_sum", (" + document_BT.clamp_min(0)", " + 0 * document_BT")),
     "balance without K": mistake("moe.balance_sum", ("K * length_G", "length_G")),

@@ -19,7 +19,7 @@ from model import indexer
 from model.block import TermScales
 from model.config import CSA_RATIO, AttentionMode
 from model.inventory import released_tensors
-from model.losses import count, cross_entropy_sum, mtp_target
+from model.losses import TermCounts, count, cross_entropy_sum, mtp_target
 from model.names import alias_of, load_released, locate
 from model.transformer import Output, Transformer
 from tests.oracles.cases import random_case, write_released
@@ -37,7 +37,7 @@ class Rows:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LossWeights:
-    """Weights of the terms beside the next token's; the counts are those of the rows observed."""
+    """Weights of the terms beside the next token's."""
 
     mtp: float = 0.3
     balance: float = 0.0
@@ -78,16 +78,21 @@ def stack(rows: Sequence[Rows]) -> Rows:
 
 
 def observe(
-    model: Transformer, rows: Rows, mode: AttentionMode = "sparse", weights: LossWeights | None = None
+    model: Transformer,
+    rows: Rows,
+    mode: AttentionMode = "sparse",
+    weights: LossWeights | None = None,
+    counts: TermCounts | None = None,
 ) -> dict[str, Tensor]:
     """Forward and backward of all terms; what the golden set holds, of tokens in documents only, in row order.
 
     Besides the golden set's names: hidden.LAYER (streams after the layer), last_hidden, recall.LAYER. A gradient that
-    is None counts as 0; the gradients of both uses of embedding and head are added.
+    is None counts as 0; the gradients of both uses of embedding and head are added. counts: the denominators, by
+    default those of these rows.
     """
     weights = weights or LossWeights()
     model.zero_grad(set_to_none=True)
-    counts = count(rows.target_BT, rows.document_BT, rows.position_BT)
+    counts = counts or count(rows.target_BT, rows.document_BT, rows.position_BT)
     scales = TermScales(
         balance=weights.balance / max(counts.tokens, 1),
         mtp_balance=weights.balance / max(counts.mtp_tokens, 1),

@@ -1,0 +1,200 @@
+"""Proves every hand-written backward pass by finite differences in fp64, and that chunks are only a way of computing.
+
+`gradcheck` compares each with central differences; a wrong backward pass fails the same call (negative controls).
+"""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from model import attend, experts, gather, indexer, losses, mhc
+from model.attend import Chunk, chunks
+from model.visibility import layout
+from tests.model.mistakes import mistake
+from tests.model.observing import Rows, pack
+
+WINDOW = 3
+TOLERANCE = {"eps": 1e-6, "atol": 1e-7, "rtol": 1e-5}
+"""Of central differences in float64: the error is eps^2 times the third derivative and 1e-16 / eps from rounding."""
+
+CLOSE = {"rtol": 1e-12, "atol": 1e-12}
+"""The same sums in another order, in float64."""
+
+
+def random(*shape: int, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed + 1000 * len(shape))
+    return torch.randn(*shape, dtype=torch.float64, generator=generator).requires_grad_()
+
+
+def rows(*lengths: int, padding: int = 0) -> Rows:
+    return pack([[0] * n for n in lengths], padding=padding)
+
+
+def parts_of(rows: Rows, ratio: int, selected_BTZ: Tensor | None = None) -> tuple[Chunk, ...]:
+    where = layout(rows.document_BT, rows.position_BT, WINDOW, {ratio})
+    return chunks(where, WINDOW, ratio, selected_BTZ)
+
+
+@pytest.mark.parametrize("iterations", [1, 2, 20])
+@pytest.mark.parametrize("shape", [(1, 2, 2), (2, 3, 4, 4)])
+def test_sinkhorn(shape: tuple[int, ...], iterations: int) -> None:
+    assert torch.autograd.gradcheck(lambda x: mhc.sinkhorn(x, iterations, 1e-3), (random(*shape),), **TOLERANCE)
+
+
+def attend_inputs(T: int, ratio: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """q [1, T, 2, 4], kv, entries, sink; the first sink is so large that it holds most of the weight."""
+    slots = T // ratio if ratio else 0
+    sink_H = torch.tensor([3.0, -1.0], dtype=torch.float64, requires_grad=True)
+    return random(1, T, 2, 4, seed=1), random(1, T, 4, seed=2), random(1, slots, 4, seed=3), sink_H
+
+
+def picks(T: int) -> Tensor:
+    """Two slots of four tokens for each token, among them invisible ones and unused picks."""
+    return torch.tensor([[[t // 4 - 1, -1 if t % 3 else t // 5] for t in range(T)]])
+
+
+@pytest.mark.parametrize("chunk", [4, 256], ids=["several chunks", "one chunk"])
+@pytest.mark.parametrize("case", ["window", "entries", "selection"])
+def test_attention(case: str, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attend, "CHUNK", chunk)
+    packed = rows(2, 9, padding=2)
+    ratio = 0 if case == "window" else 4
+    parts = parts_of(packed, ratio, picks(13) if case == "selection" else None)
+    assert len(parts) == (1 if chunk == 256 else 4)
+    assert torch.autograd.gradcheck(lambda *x: attend.attend(*x, parts)[0], attend_inputs(13, ratio), **TOLERANCE)
+
+
+@pytest.mark.parametrize("ratio", [0, 2, 4])
+def test_attention_in_chunks_is_attention_at_once(ratio: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    packed, inputs = rows(1, 11, 5, padding=3), attend_inputs(20, ratio)
+    results = []
+    for chunk in (256, 7, 3):
+        monkeypatch.setattr(attend, "CHUNK", chunk)
+        o_BTHC, lse_BTH = attend.attend(*inputs, parts_of(packed, ratio))
+        gradients = torch.autograd.grad(o_BTHC.sin().sum(), [x for x in inputs if x.numel()])
+        results.append((o_BTHC, lse_BTH, *gradients))
+    for chunked in results[1:]:
+        for one, other in zip(results[0], chunked, strict=True):
+            torch.testing.assert_close(one, other, **CLOSE)
+
+
+def test_attention_is_the_softmax_of_the_report() -> None:
+    """R eq. 27 written out for one row: visible keys and the sink under one softmax, no value for the sink."""
+    packed, (q_BTHC, kv_BTC, entry_BSC, sink_H) = rows(3, 10), attend_inputs(13, 4)
+    o_BTHC, lse_BTH = attend.attend(q_BTHC, kv_BTC, entry_BSC, sink_H, parts_of(packed, 4))
+    for t, (start, end_of_first_slot) in enumerate([(0, 0)] * 3 + [(3, 0)] * 10):
+        window = list(range(max(start, t - WINDOW + 1), t + 1))
+        slots = [] if t < 3 else list(range(end_of_first_slot, (t - start + 1) // 4))
+        keys = torch.cat([kv_BTC[0, window], entry_BSC[0, slots]])
+        for head in range(2):
+            z = torch.cat([keys @ q_BTHC[0, t, head] / 2, sink_H[head : head + 1]])
+            torch.testing.assert_close(lse_BTH[0, t, head], torch.logsumexp(z, 0), **CLOSE)
+            torch.testing.assert_close(o_BTHC[0, t, head], torch.softmax(z, 0)[:-1] @ keys, **CLOSE)
+
+
+@pytest.mark.parametrize("counts", [[3, 0, 2, 1], [0, 0, 6, 0], [0, 0, 0, 0], [1, 1, 1, 1]])
+def test_grouped_products(counts: list[int]) -> None:
+    x_PD, w_EFD = random(sum(counts), 3), random(4, 2, 3)
+    check = torch.autograd.gradcheck(lambda x, w: experts.grouped_matmul(x, w, counts), (x_PD, w_EFD), **TOLERANCE)
+    assert check
+    expert_P = torch.tensor([e for e, n in enumerate(counts) for _ in range(n)], dtype=torch.int64)
+    expected_PF = torch.einsum("pd,pfd->pf", x_PD, w_EFD[expert_P])
+    torch.testing.assert_close(experts.grouped_matmul(x_PD, w_EFD, counts), expected_PF, **CLOSE)
+
+
+@pytest.mark.parametrize("picked", [[4, 0, 3], [2, 1, 0, 4, 3], []])
+def test_picked_rows(picked: list[int]) -> None:
+    inverse_P = torch.tensor([picked.index(p) if p in picked else -1 for p in range(5)])
+    index_Q = torch.tensor(picked, dtype=torch.int64)
+    x_PD = random(5, 2)
+    assert torch.autograd.gradcheck(lambda x: gather.take(x, index_Q, inverse_P), (x_PD,), **TOLERANCE)
+    assert torch.equal(gather.take(x_PD, index_Q, inverse_P), x_PD[index_Q])
+
+
+@pytest.mark.parametrize("chunk", [2, 1024], ids=["several chunks", "one chunk"])
+def test_cross_entropy(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(losses, "CHUNK", chunk)
+    target_BT = torch.tensor([[4, -1, 0, 2, -1, 3, 3]])
+    h_BTD, weight_VD = random(1, 7, 3), random(5, 3)
+    assert torch.autograd.gradcheck(
+        lambda h, w: 3 * losses.cross_entropy_sum(h, w, target_BT), (h_BTD, weight_VD), **TOLERANCE
+    )
+    learned = target_BT.flatten() >= 0
+    expected = torch.nn.functional.cross_entropy(
+        (h_BTD @ weight_VD.T)[0, learned], target_BT[0, learned], reduction="sum"
+    )
+    torch.testing.assert_close(losses.cross_entropy_sum(h_BTD, weight_VD, target_BT), expected, **CLOSE)
+
+
+def test_cross_entropy_of_no_target_is_zero_with_zero_gradient() -> None:
+    h_BTD, weight_VD = random(1, 4, 3), random(5, 3)
+    total = losses.cross_entropy_sum(h_BTD, weight_VD, torch.full((1, 4), -1))
+    total.backward()
+    assert total == 0
+    assert not h_BTD.grad.any()
+    assert not weight_VD.grad.any()
+
+
+def test_an_attached_term_gets_its_scale_and_the_stream_its_own_gradient() -> None:
+    x, term = random(3), random(1)
+    attached = losses.attach(x, term.square().sum(), 0.25)
+    assert torch.equal(attached, x)
+    (7 * attached).sum().backward()
+    assert torch.equal(x.grad, torch.full((3,), 7.0, dtype=torch.float64))
+    torch.testing.assert_close(term.grad, 0.25 * 2 * term.detach(), **CLOSE)
+    assert losses.attach(x, term.sum(), 0.0) is x
+
+
+def test_the_indexer_s_divergence_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    packed = rows(5, 9, 2, padding=1)
+    q_BTIJ, k_BSJ, w_BTI = random(1, 17, 3, 4, seed=5), random(1, 4, 4, seed=6), random(1, 17, 3, seed=7)
+    q_BTHC, kv_BTC, entry_BSC, sink_H = attend_inputs(17, 4)
+    results = []
+    for chunk in (256, 7, 3):
+        monkeypatch.setattr(attend, "CHUNK", chunk)
+        parts = parts_of(packed, 4)
+        lse_BTH = attend.attend(q_BTHC, kv_BTC, entry_BSC, sink_H, parts)[1]
+        target = indexer.Target(q_BTHC=q_BTHC.detach(), entry_BSC=entry_BSC.detach(), lse_BTH=lse_BTH)
+
+        def divergence(
+            q: Tensor, k: Tensor, w: Tensor, parts: tuple = parts, target: indexer.Target = target
+        ) -> Tensor:
+            index = indexer.Index(q_BTIJ=q, k_BSJ=k, w_BTI=w)
+            return indexer.kl_sum(index, target, parts, packed.document_BT >= 0)
+
+        total = divergence(q_BTIJ, k_BSJ, w_BTI)
+        results.append((total, *torch.autograd.grad(total, (q_BTIJ, k_BSJ, w_BTI))))
+    assert torch.autograd.gradcheck(divergence, (q_BTIJ, k_BSJ, w_BTI), **TOLERANCE)
+    for chunked in results[1:]:
+        for one, other in zip(results[0], chunked, strict=True):
+            torch.testing.assert_close(one, other, **CLOSE)
+
+
+WRONG: dict[str, tuple[Callable[[], None], str, tuple[str, str]]] = {
+    "sinkhorn": (
+        lambda: test_sinkhorn((1, 3, 3), 2),
+        "mhc._Sinkhorn.backward",
+        ("(grad_NNP - mean)", "grad_NNP.clone()"),
+    ),
+    "grouped products": (
+        lambda: test_grouped_products([3, 0, 2, 1]),
+        "experts._GroupedMatmul.backward",
+        ("grad_PF.split(counts)", "grad_PF.flip(0).split(counts)"),
+    ),
+    "picked rows": (lambda: test_picked_rows([4, 0, 3]), "gather._Take.backward", (".masked_fill_(missing, 0)", "")),
+    "cross entropy": (
+        lambda: test_cross_entropy(2, pytest.MonkeyPatch()),
+        "losses._CrossEntropySum.forward",
+        ("grad_PV.mul_(learned)", "grad_PV.mul_(1)"),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_wrong_backward_pass_is_seen(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    check, function, change = WRONG[name]
+    mistake(function, change).make(monkeypatch)
+    with pytest.raises(torch.autograd.gradcheck.GradcheckError):
+        check()
