@@ -55,7 +55,7 @@ class Runner:
                 return process.wait(timeout=1) == 0
             now = time.monotonic()
             if sys.stderr.isatty() or now - said_at >= QUIET_S:
-                say(f"{head}: {now - began:.0f} s  {self._last_line()[:60]}", passing=True)
+                say(f"{head}: {now - began:.0f} s  {self._last_line()[:60]}".rstrip(), passing=True)
                 said_at = now
 
     def _lines(self) -> list[str]:

@@ -11,10 +11,11 @@ LINES = 40
 class Progress:
     """Lines about training on a stream; the live line appears only on a terminal."""
 
-    def __init__(self, total_steps: int, total_tokens: int, stream: TextIO = sys.stdout) -> None:
-        self._steps, self._tokens, self._stream = total_steps, total_tokens, stream
+    def __init__(self, total_steps: int, total_tokens: int, stream: TextIO | None = None) -> None:
+        """stream: standard output where none is given."""
+        self._steps, self._tokens, self._stream = total_steps, total_tokens, stream or sys.stdout
         self._every = max(1, total_steps // LINES)
-        self._live = stream.isatty()
+        self._live = self._stream.isatty()
 
     def say(self, text: str) -> None:
         """A permanent line."""

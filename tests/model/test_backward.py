@@ -8,6 +8,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor
+from torch.autograd.gradcheck import GradcheckError
 
 from model import attend, experts, gather, indexer, losses, mhc
 from model.attend import Chunk, chunks
@@ -16,9 +17,6 @@ from tests.model.mistakes import mistake
 from tests.model.observing import Rows, pack
 
 WINDOW = 3
-TOLERANCE = {"eps": 1e-6, "atol": 1e-7, "rtol": 1e-5}
-"""Of central differences in float64: the error is eps^2 times the third derivative and 1e-16 / eps from rounding."""
-
 CLOSE = {"rtol": 1e-12, "atol": 1e-12}
 """The same sums in another order, in float64."""
 
@@ -26,6 +24,12 @@ CLOSE = {"rtol": 1e-12, "atol": 1e-12}
 def random(*shape: int, seed: int = 0) -> Tensor:
     generator = torch.Generator().manual_seed(seed + 1000 * len(shape))
     return torch.randn(*shape, dtype=torch.float64, generator=generator).requires_grad_()
+
+
+def check(function: Callable[..., Tensor], *inputs: Tensor) -> None:
+    """Compare the function's backward pass with central differences; raises GradcheckError where they differ."""
+    # Of central differences in float64: the error is eps^2 times the third derivative, and 1e-16 / eps from rounding.
+    torch.autograd.gradcheck(function, inputs, eps=1e-6, atol=1e-7, rtol=1e-5)
 
 
 def rows(*lengths: int, padding: int = 0) -> Rows:
@@ -40,7 +44,7 @@ def parts_of(rows: Rows, ratio: int, selected_BTZ: Tensor | None = None) -> tupl
 @pytest.mark.parametrize("iterations", [1, 2, 20])
 @pytest.mark.parametrize("shape", [(1, 2, 2), (2, 3, 4, 4)])
 def test_sinkhorn(shape: tuple[int, ...], iterations: int) -> None:
-    assert torch.autograd.gradcheck(lambda x: mhc.sinkhorn(x, iterations, 1e-3), (random(*shape),), **TOLERANCE)
+    check(lambda x: mhc.sinkhorn(x, iterations, 1e-3), random(*shape))
 
 
 def attend_inputs(T: int, ratio: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -55,15 +59,19 @@ def picks(T: int) -> Tensor:
     return torch.tensor([[[t // 4 - 1, -1 if t % 3 else t // 5] for t in range(T)]])
 
 
-@pytest.mark.parametrize("chunk", [4, 256], ids=["several chunks", "one chunk"])
-@pytest.mark.parametrize("case", ["window", "entries", "selection"])
-def test_attention(case: str, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attend, "CHUNK", chunk)
-    packed = rows(2, 9, padding=2)
-    ratio = 0 if case == "window" else 4
+def check_attention(case: str) -> int:
+    """Window only, with entries, or with entries restricted to a selection. Returns the number of chunks."""
+    packed, ratio = rows(2, 9, padding=2), 0 if case == "window" else 4
     parts = parts_of(packed, ratio, picks(13) if case == "selection" else None)
-    assert len(parts) == (1 if chunk == 256 else 4)
-    assert torch.autograd.gradcheck(lambda *x: attend.attend(*x, parts)[0], attend_inputs(13, ratio), **TOLERANCE)
+    check(lambda *x: attend.attend(*x, parts)[0], *attend_inputs(13, ratio))
+    return len(parts)
+
+
+@pytest.mark.parametrize(("chunk", "chunks"), [(4, 4), (256, 1)])
+@pytest.mark.parametrize("case", ["window", "entries", "selection"])
+def test_attention(case: str, chunk: int, chunks: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attend, "CHUNK", chunk)
+    assert check_attention(case) == chunks
 
 
 @pytest.mark.parametrize("ratio", [0, 2, 4])
@@ -84,9 +92,10 @@ def test_attention_is_the_softmax_of_the_report() -> None:
     """R eq. 27 written out for one row: visible keys and the sink under one softmax, no value for the sink."""
     packed, (q_BTHC, kv_BTC, entry_BSC, sink_H) = rows(3, 10), attend_inputs(13, 4)
     o_BTHC, lse_BTH = attend.attend(q_BTHC, kv_BTC, entry_BSC, sink_H, parts_of(packed, 4))
-    for t, (start, end_of_first_slot) in enumerate([(0, 0)] * 3 + [(3, 0)] * 10):
+    for t in range(13):
+        start = 0 if t < 3 else 3  # of the token's document; its blocks fill the row's slots from 0 on
         window = list(range(max(start, t - WINDOW + 1), t + 1))
-        slots = [] if t < 3 else list(range(end_of_first_slot, (t - start + 1) // 4))
+        slots = list(range((t - start + 1) // 4))
         keys = torch.cat([kv_BTC[0, window], entry_BSC[0, slots]])
         for head in range(2):
             z = torch.cat([keys @ q_BTHC[0, t, head] / 2, sink_H[head : head + 1]])
@@ -94,38 +103,47 @@ def test_attention_is_the_softmax_of_the_report() -> None:
             torch.testing.assert_close(o_BTHC[0, t, head], torch.softmax(z, 0)[:-1] @ keys, **CLOSE)
 
 
+def check_grouped_products(counts: list[int]) -> None:
+    check(lambda x, w: experts.grouped_matmul(x, w, counts), random(sum(counts), 3), random(4, 2, 3))
+
+
 @pytest.mark.parametrize("counts", [[3, 0, 2, 1], [0, 0, 6, 0], [0, 0, 0, 0], [1, 1, 1, 1]])
 def test_grouped_products(counts: list[int]) -> None:
+    check_grouped_products(counts)
     x_PD, w_EFD = random(sum(counts), 3), random(4, 2, 3)
-    check = torch.autograd.gradcheck(lambda x, w: experts.grouped_matmul(x, w, counts), (x_PD, w_EFD), **TOLERANCE)
-    assert check
     expert_P = torch.tensor([e for e, n in enumerate(counts) for _ in range(n)], dtype=torch.int64)
     expected_PF = torch.einsum("pd,pfd->pf", x_PD, w_EFD[expert_P])
     torch.testing.assert_close(experts.grouped_matmul(x_PD, w_EFD, counts), expected_PF, **CLOSE)
 
 
-@pytest.mark.parametrize("picked", [[4, 0, 3], [2, 1, 0, 4, 3], []])
-def test_picked_rows(picked: list[int]) -> None:
+def check_picked_rows(picked: list[int]) -> None:
+    """Rows of five, each picked at most once."""
     inverse_P = torch.tensor([picked.index(p) if p in picked else -1 for p in range(5)])
     index_Q = torch.tensor(picked, dtype=torch.int64)
-    x_PD = random(5, 2)
-    assert torch.autograd.gradcheck(lambda x: gather.take(x, index_Q, inverse_P), (x_PD,), **TOLERANCE)
-    assert torch.equal(gather.take(x_PD, index_Q, inverse_P), x_PD[index_Q])
+    check(lambda x: gather.take(x, index_Q, inverse_P), random(5, 2))
+    assert torch.equal(gather.take(random(5, 2), index_Q, inverse_P), random(5, 2)[index_Q])
 
 
-@pytest.mark.parametrize("chunk", [2, 1024], ids=["several chunks", "one chunk"])
+@pytest.mark.parametrize("picked", [[4, 0, 3], [2, 1, 0, 4, 3], []])
+def test_picked_rows(picked: list[int]) -> None:
+    check_picked_rows(picked)
+
+
+TARGET_BT = torch.tensor([[4, -1, 0, 2, -1, 3, 3]])
+
+
+def check_cross_entropy() -> None:
+    check(lambda h, w: 3 * losses.cross_entropy_sum(h, w, TARGET_BT), random(1, 7, 3), random(5, 3))
+
+
+@pytest.mark.parametrize("chunk", [2, 1024])
 def test_cross_entropy(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(losses, "CHUNK", chunk)
-    target_BT = torch.tensor([[4, -1, 0, 2, -1, 3, 3]])
-    h_BTD, weight_VD = random(1, 7, 3), random(5, 3)
-    assert torch.autograd.gradcheck(
-        lambda h, w: 3 * losses.cross_entropy_sum(h, w, target_BT), (h_BTD, weight_VD), **TOLERANCE
-    )
-    learned = target_BT.flatten() >= 0
-    expected = torch.nn.functional.cross_entropy(
-        (h_BTD @ weight_VD.T)[0, learned], target_BT[0, learned], reduction="sum"
-    )
-    torch.testing.assert_close(losses.cross_entropy_sum(h_BTD, weight_VD, target_BT), expected, **CLOSE)
+    check_cross_entropy()
+    h_BTD, weight_VD, learned = random(1, 7, 3), random(5, 3), TARGET_BT[0] >= 0
+    logits_PV = (h_BTD @ weight_VD.T)[0, learned]
+    expected = torch.nn.functional.cross_entropy(logits_PV, TARGET_BT[0, learned], reduction="sum")
+    torch.testing.assert_close(losses.cross_entropy_sum(h_BTD, weight_VD, TARGET_BT), expected, **CLOSE)
 
 
 def test_cross_entropy_of_no_target_is_zero_with_zero_gradient() -> None:
@@ -149,7 +167,7 @@ def test_an_attached_term_gets_its_scale_and_the_stream_its_own_gradient() -> No
 
 def test_the_indexer_s_divergence_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     packed = rows(5, 9, 2, padding=1)
-    q_BTIJ, k_BSJ, w_BTI = random(1, 17, 3, 4, seed=5), random(1, 4, 4, seed=6), random(1, 17, 3, seed=7)
+    q_BTIJ, k_BSJ, w_BTI = random(1, 17, 2, 2, seed=5), random(1, 4, 2, seed=6), random(1, 17, 2, seed=7)
     q_BTHC, kv_BTC, entry_BSC, sink_H = attend_inputs(17, 4)
     results = []
     for chunk in (256, 7, 3):
@@ -166,35 +184,44 @@ def test_the_indexer_s_divergence_in_chunks(monkeypatch: pytest.MonkeyPatch) -> 
 
         total = divergence(q_BTIJ, k_BSJ, w_BTI)
         results.append((total, *torch.autograd.grad(total, (q_BTIJ, k_BSJ, w_BTI))))
-    assert torch.autograd.gradcheck(divergence, (q_BTIJ, k_BSJ, w_BTI), **TOLERANCE)
+    check(divergence, q_BTIJ, k_BSJ, w_BTI)
     for chunked in results[1:]:
         for one, other in zip(results[0], chunked, strict=True):
             torch.testing.assert_close(one, other, **CLOSE)
 
 
-WRONG: dict[str, tuple[Callable[[], None], str, tuple[str, str]]] = {
+WRONG = {
     "sinkhorn": (
-        lambda: test_sinkhorn((1, 3, 3), 2),
-        "mhc._Sinkhorn.backward",
-        ("(grad_NNP - mean)", "grad_NNP.clone()"),
+        lambda: check(lambda x: mhc.sinkhorn(x, 2, 1e-3), random(1, 3, 3)),
+        mistake("mhc._Sinkhorn.backward", ("(grad_NNP - mean)", "grad_NNP.clone()")),
+    ),
+    "attention's softmax": (
+        lambda: check_attention("entries"),
+        mistake("attend._Attend.backward", (".sub_(mean)", "")),
+    ),
+    "attention's values": (
+        lambda: check_attention("window"),
+        mistake("attend._Attend.backward", (" + p.transpose(1, 2) @ grad_out", "")),
     ),
     "grouped products": (
-        lambda: test_grouped_products([3, 0, 2, 1]),
-        "experts._GroupedMatmul.backward",
-        ("grad_PF.split(counts)", "grad_PF.flip(0).split(counts)"),
+        lambda: check_grouped_products([3, 0, 2, 1]),
+        mistake("experts._GroupedMatmul.backward", ("grad_PF.split(counts)", "grad_PF.flip(0).split(counts)")),
     ),
-    "picked rows": (lambda: test_picked_rows([4, 0, 3]), "gather._Take.backward", (".masked_fill_(missing, 0)", "")),
+    "picked rows": (
+        lambda: check_picked_rows([4, 0, 3]),
+        mistake("gather._Take.backward", (".masked_fill_(missing, 0)", "")),
+    ),
     "cross entropy": (
-        lambda: test_cross_entropy(2, pytest.MonkeyPatch()),
-        "losses._CrossEntropySum.forward",
-        ("grad_PV.mul_(learned)", "grad_PV.mul_(1)"),
+        check_cross_entropy,
+        mistake("losses._CrossEntropySum.forward", ("grad_PV.mul_(learned)", "grad_PV.mul_(1)")),
     ),
 }
 
 
 @pytest.mark.parametrize("name", WRONG)
 def test_a_wrong_backward_pass_is_seen(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    check, function, change = WRONG[name]
-    mistake(function, change).make(monkeypatch)
-    with pytest.raises(torch.autograd.gradcheck.GradcheckError):
-        check()
+    checked, wrong = WRONG[name]
+    checked()
+    wrong.make(monkeypatch)
+    with pytest.raises(GradcheckError):
+        checked()

@@ -1,0 +1,139 @@
+"""Deliberate mistakes in the optimizer: each makes the check that the real one passes fail."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from optim import adamw, groups, muon, newton_schulz, optimizer
+from tests.optim import checks
+from tests.optim.checks import check_against_oracle
+
+Patch = Callable[[pytest.MonkeyPatch], None]
+
+
+def _average_momentum(patch: pytest.MonkeyPatch) -> None:
+    def lookahead(momentum: torch.Tensor, gradient: torch.Tensor, mu: float) -> torch.Tensor:
+        momentum.mul_(mu).add_(gradient, alpha=1 - mu)
+        return gradient.add(momentum, alpha=mu)
+
+    patch.setattr(muon, "lookahead", lookahead)
+
+
+def _no_nesterov(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(muon, "lookahead", lambda momentum, gradient, mu: momentum.mul_(mu).add_(gradient).clone())
+
+
+def _old_momentum(patch: pytest.MonkeyPatch) -> None:
+    def lookahead(momentum: torch.Tensor, gradient: torch.Tensor, mu: float) -> torch.Tensor:
+        direction = gradient + mu * momentum
+        momentum.mul_(mu).add_(gradient)
+        return direction
+
+    patch.setattr(muon, "lookahead", lookahead)
+
+
+def _smaller_side(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(muon, "update_scale", lambda rows, columns, config: config.update_rms * min(rows, columns) ** 0.5)
+
+
+def _moonlight_scale(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(muon, "update_scale", lambda rows, columns, config: 0.2 * max(rows, columns) ** 0.5)
+
+
+def _five_fast_steps(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(newton_schulz, "COEFFICIENTS", (newton_schulz.FAST,) * 5)
+
+
+def _no_exact_steps(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(newton_schulz, "COEFFICIENTS", (newton_schulz.FAST,) * 10)
+
+
+def _no_decay(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(groups, "decay", lambda kind, config: 0.0)
+
+
+def _decayed_vectors(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(groups, "decay", lambda kind, config: 0.1)
+
+
+def _coupled_decay(patch: pytest.MonkeyPatch) -> None:
+    real = muon.update
+
+    def update(weights, directions, rates, config):  # noqa: ANN001, ANN202
+        real(weights, [d + 0.1 * w for d, w in zip(directions, weights, strict=True)], rates, config)
+
+    patch.setattr(muon, "update", update)
+
+
+def _decay_without_rate(patch: pytest.MonkeyPatch) -> None:
+    real = muon.update
+
+    def update(weights, directions, rates, config):  # noqa: ANN001, ANN202
+        real(weights, directions, rates, config)
+        for weight in weights:
+            weight.mul_(0.999)
+
+    patch.setattr(muon, "update", update)
+
+
+def _joined_series(patch: pytest.MonkeyPatch) -> None:
+    real = checks.members
+
+    def members() -> list[groups.Member]:
+        whole = groups.Member(name="series", parameter="series", start=0, stop=6, kind="matrix", group="compressor")
+        return [one for one in real() if one.parameter != "series"] + [whole]
+
+    parts = checks.members()
+    patch.setattr(optimizer.groups, "check", lambda given, config: None)
+    init = optimizer.Optimizer.__init__
+    patch.setattr(
+        optimizer.Optimizer,
+        "__init__",
+        lambda self, parameters, given, config: init(self, parameters, members(), config),
+    )
+    assert len(parts) > len(members())
+
+
+def _joint_norm(patch: pytest.MonkeyPatch) -> None:
+    real = newton_schulz.orthogonalize
+
+    def together(batch: torch.Tensor) -> torch.Tensor:
+        return real(batch.flatten(0, 1).unsqueeze(0)).view_as(batch)
+
+    patch.setattr(muon, "orthogonalize", together)
+
+
+def _no_rate_scale(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(groups, "rate_scale", lambda group, config: 1.0)
+
+
+def _no_bias_correction(patch: pytest.MonkeyPatch) -> None:
+    real = adamw.update
+    patch.setattr(adamw, "update", lambda *args, **kwargs: real(*args, **{**kwargs, "step": 10_000}))
+
+
+def _swapped_betas(patch: pytest.MonkeyPatch) -> None:
+    real = adamw.update
+
+    def update(weight, gradient, first, second, **kwargs):  # noqa: ANN001, ANN003, ANN202
+        return real(weight, gradient, first.mul_(1.01), second, **kwargs)
+
+    patch.setattr(adamw, "update", update)
+
+
+MISTAKES: dict[str, Patch] = {
+    name.strip("_"): patch for name, patch in list(globals().items()) if name.startswith("_") and callable(patch)
+}
+
+
+def test_there_are_many_and_the_check_passes_without_them() -> None:
+    check_against_oracle()
+    assert len(MISTAKES) >= 15
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_mistake_is_caught(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    MISTAKES[name](monkeypatch)
+    with pytest.raises(AssertionError):
+        check_against_oracle()

@@ -1,0 +1,110 @@
+"""Every schedule is a pure function of the tokens seen, and the plan of a run is what a naive loop over them gives."""
+
+import math
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from launch.compose import compose
+from trainer import schedule
+from trainer.schedule_config import (
+    AttentionStage,
+    BatchConfig,
+    MtpWeightStage,
+    RateConfig,
+    RowLengthStage,
+    ScheduleConfig,
+)
+
+
+def make(total: int, start: int, full: int, ramp: int, borders: tuple[int, int], lengths: tuple[int, int, int]):
+    low, high = sorted(borders)
+    stages = [RowLengthStage(from_tokens=at, value=length) for at, length in zip((0, low, high), lengths, strict=True)]
+    return ScheduleConfig(
+        total_tokens=total,
+        rate=RateConfig(peak=1e-2, final=1e-3, warmup_tokens=total // 10, decay_start_tokens=total // 2),
+        batch=BatchConfig(tokens=full, start_tokens=start, ramp_tokens=ramp),
+        row_length=tuple(stages if 0 < low < high else stages[:1]),
+        attention=(
+            AttentionStage(from_tokens=0, value="dense"),
+            AttentionStage(from_tokens=total // 3, value="indexer_warmup"),
+            AttentionStage(from_tokens=total // 2, value="sparse"),
+        ),
+        mtp_weight=(MtpWeightStage(from_tokens=0, value=0.3), MtpWeightStage(from_tokens=total // 2, value=0.1)),
+    )
+
+
+def naive(config: ScheduleConfig) -> list[tuple[int, int, int, int, int]]:
+    """(tokens before, rows, row length, segment, first row) of each step, one after the other."""
+    steps, tokens, segment, first, length = [], 0, 0, 0, None
+    while tokens < config.total_tokens:
+        now = [stage.value for stage in config.row_length if stage.from_tokens <= tokens][-1]
+        if length not in (None, now):
+            segment, first = segment + 1, 0
+        length = now
+        batch = config.batch
+        share = min(1.0, tokens / batch.ramp_tokens) if batch.ramp_tokens else 1.0
+        rows = math.floor(batch.start_tokens + (batch.tokens - batch.start_tokens) * share) // length
+        steps.append((tokens, rows, length, segment, first))
+        tokens, first = tokens + rows * length, first + rows
+    return steps
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    total=st.integers(100, 20_000),
+    start=st.integers(64, 128),
+    grow=st.integers(0, 200),
+    ramp=st.integers(0, 5_000),
+    borders=st.tuples(st.integers(1, 20_000), st.integers(1, 20_000)),
+    lengths=st.permutations((16, 32, 64)),
+)
+def test_the_plan_is_the_naive_loop(total, start, grow, ramp, borders, lengths) -> None:
+    config = make(total, start, start + grow, ramp, borders, tuple(lengths))
+    plans, expected = schedule.plan(config), naive(config)
+    found = [(one.tokens, one.rows, one.row_length, one.segment, one.first_row) for one in plans]
+    assert found == expected
+    assert [one.step for one in plans] == list(range(len(expected)))
+    rows_by_segment: dict[int, int] = {}
+    for _, rows, _, segment, _ in expected:
+        rows_by_segment[segment] = rows_by_segment.get(segment, 0) + rows
+    assert [rows for _, rows in schedule.segments(config)] == list(rows_by_segment.values())
+
+
+def test_the_rate_has_its_shape() -> None:
+    config = make(10_000, 100, 100, 0, (0, 0), (10, 10, 10))
+    rate = [schedule.rate(config, tokens) for tokens in (0, 500, 1000, 5000, 7500, 10_000, 20_000)]
+    # Linear to the peak at 1000, constant to 5000, half way down at 7500, final from the end on.
+    assert rate == pytest.approx([0, 5e-3, 1e-2, 1e-2, 5.5e-3, 1e-3, 1e-3], abs=1e-12)
+    plans = schedule.plan(config)
+    assert plans[0].rate > 0
+    assert plans[len(plans) - 1].rate == pytest.approx(1e-3, abs=1e-12)
+
+
+def test_stages_switch_where_they_should() -> None:
+    config = make(9_000, 90, 90, 0, (0, 0), (10, 10, 10))
+    modes = {one.attention: one for one in reversed(list(schedule.plan(config)))}
+    assert (modes["dense"].tokens, modes["indexer_warmup"].tokens, modes["sparse"].tokens) == (0, 3060, 4500)
+    assert modes["indexer_warmup"].rate == config.indexer_warmup_rate
+    assert (modes["dense"].mtp_weight, modes["sparse"].mtp_weight) == (0.3, 0.1)
+    with pytest.raises(IndexError):
+        schedule.plan(config)[len(schedule.plan(config))]
+
+
+@pytest.mark.parametrize("recipe", ["flash", "pro"])
+def test_the_released_recipes_are_cheap_to_plan_and_warm_up_for_2000_steps(recipe: str) -> None:
+    config = compose([f"recipe={recipe}"]).config.schedule
+    plans = schedule.plan(config)
+    assert 300_000 < len(plans) < 500_000
+    assert plans[2000].tokens == config.rate.warmup_tokens
+    assert plans[1999].rate == config.rate.peak
+    assert plans[1998].rate < config.rate.peak
+    lines = schedule.describe(config).splitlines()
+    assert len(lines) > 8
+    assert str(len(plans) - 1) in lines[-1]
+
+
+def test_debug_runs_through_every_stage() -> None:
+    config = compose(["recipe=debug"]).config.schedule
+    assert {one.attention for one in schedule.plan(config)} == {"dense", "indexer_warmup", "sparse"}
