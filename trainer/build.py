@@ -1,13 +1,16 @@
 """From configuration to the parts of a step: model, optimizer, sums, in the order that matters."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from data.config import Report
 from data.open import Data, open_data
 from data.stream import Segment
 from model import names
+from model.config import AttentionMode
 from model.init import initialize
 from model.transformer import Transformer
 from optim.groups import Member
@@ -18,6 +21,7 @@ from trainer.device import DTYPES
 from trainer.parallel.reduce import ExactSum
 from trainer.pool import RowPool
 from trainer.schedule import StepPlans
+from trainer.schedule_config import ScheduleConfig
 from trainer.step import Parts
 
 
@@ -37,17 +41,27 @@ class Built:
 
     def restore(self, tensors: dict[str, Tensor]) -> None:
         """Put back what `tensors` gave; every name must be there with its shape."""
-        mine = names.tensors(self.parts.model)
-        assert set(mine) == {name.removeprefix("model/") for name in tensors if name.startswith("model/")}
-        with torch.no_grad():
-            for name, tensor in mine.items():
-                tensor.copy_(tensors[f"model/{name}"])
+        restore_model(self.parts.model, tensors)
         prefix = "optimizer/"
         state = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
         self.parts.optimizer.load_state_dict(state)
 
 
-def read_data(config: TrainConfig, report) -> Data:
+def restore_model(model: Transformer, tensors: Mapping[str, Tensor]) -> None:
+    """Copy the tensors named model/... of a checkpoint into the model; every one must be there with its shape."""
+    mine = names.tensors(model)
+    assert set(mine) == {name.removeprefix("model/") for name in tensors if name.startswith("model/")}
+    with torch.no_grad():
+        for name, tensor in mine.items():
+            tensor.copy_(tensors[f"model/{name}"])
+
+
+def attention_after(config: ScheduleConfig, done: int) -> AttentionMode:
+    """The attention mode of the last step done (of the first, before any)."""
+    return schedule.plan(config)[max(done - 1, 0)].attention
+
+
+def read_data(config: TrainConfig, report: Report) -> Data:
     """Open the data of the run; ValueError where the tokenizer has ids that the model has no rows for."""
     segments = [Segment(row_length=length, rows=rows) for length, rows in schedule.segments(config.schedule)]
     data = open_data(config.data, segments, config.seed, report)

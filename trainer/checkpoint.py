@@ -14,8 +14,9 @@ import re
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from io import BufferedReader
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import torch
@@ -39,6 +40,8 @@ COMMIT, MANIFEST, DATA = "COMMIT", "manifest.json", "rank-00000.safetensors"
 _STEP_NAME = re.compile(r"step-(\d{6,})")
 _LENGTH_BYTES = 8
 """A safetensors file begins with the length of its JSON header, a little-endian 64-bit integer."""
+_RESERVED = "__metadata__"
+"""The one name that a safetensors header keeps for itself."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -56,6 +59,9 @@ def save(folder: Path, step: int, tensors: Mapping[str, Tensor], state: Mapping[
     Raises CheckpointError when it cannot be written (full disk, ...): then no folder with COMMIT appears and all
     checkpoints that were there are as before.
     """
+    assert step >= 0, "folders are named by the step"
+    if _RESERVED in tensors:
+        raise CheckpointError(f"tensor {_RESERVED}: expected another name, safetensors keeps this one for itself")
     checked = checked_state(state)
     views = {name: byte_view(name, tensor) for name, tensor in tensors.items()}
     target = folder / f"step-{step:06d}"
@@ -88,8 +94,7 @@ def load(path: Path) -> Loaded:
                         tensors[name] = _read_tensor(file, path / file_name, name, tensor)
     except OSError as error:
         raise CheckpointError(f"{path}: {error}") from error
-    ordered = {name: tensors[name] for name in manifest.tensors}
-    return Loaded(step=manifest.step, tensors=ordered, state=manifest.state)
+    return Loaded(step=manifest.step, tensors=tensors, state=manifest.state)
 
 
 def read_manifest(path: Path) -> Manifest:
@@ -116,7 +121,7 @@ def newest_valid(folder: Path, report: Callable[[str], None]) -> tuple[Path, Loa
 
 
 def recover(folder: Path, report: Callable[[str], None]) -> tuple[Path, Loaded] | None:
-    """`newest_valid` for the process that will write here: what cannot be used is set aside, so that it never counts."""
+    """`newest_valid` for the process that will write here: what cannot be used is set aside and never counts."""
 
     def reject(path: Path, error: CheckpointError) -> None:
         aside = set_aside(path)
@@ -233,7 +238,7 @@ def _read_header(path: Path) -> tuple[FileEntry, dict[str, int]]:
     return entry, {name: size + value["data_offsets"][0] for name, value in json.loads(header).items()}
 
 
-def _check_header(file: BinaryIO, path: Path, entry: FileEntry) -> None:
+def _check_header(file: BufferedReader, path: Path, entry: FileEntry) -> None:
     size = path.stat().st_size
     if size != entry.size_bytes:
         raise CheckpointError(f"{path}: has {size} bytes, the manifest says {entry.size_bytes}")
@@ -242,7 +247,7 @@ def _check_header(file: BinaryIO, path: Path, entry: FileEntry) -> None:
         raise CheckpointError(f"{path}: header has SHA-256 {found}, the manifest says {entry.header_hash}")
 
 
-def _read_tensor(file: BinaryIO, path: Path, name: str, entry: TensorEntry) -> Tensor:
+def _read_tensor(file: BufferedReader, path: Path, name: str, entry: TensorEntry) -> Tensor:
     """Reads one tensor into memory of its own, so that the bytes that were verified are the bytes returned.
 
     Memory from torch, because its alignment can decide which code path, and so which bits, a later product takes.
@@ -250,7 +255,7 @@ def _read_tensor(file: BinaryIO, path: Path, name: str, entry: TensorEntry) -> T
     tensor = torch.empty(entry.shape, dtype=DTYPES[entry.dtype])
     file.seek(entry.start)
     for number, (block, expected) in enumerate(zip(_blocks(byte_view(name, tensor)), entry.hashes, strict=True)):
-        read = file.readinto(block)
+        read = file.readinto(block.data)
         found = digest(block[:read])
         if found != expected:
             first = entry.start + number * BLOCK_BYTES

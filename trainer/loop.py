@@ -5,7 +5,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from model.config import AttentionMode
 from trainer import metrics
 from trainer.build import Built
 from trainer.folder import RunFolder
@@ -60,11 +59,6 @@ def save(built: Built, outlets: Outlets, done: int) -> None:
     """Hand the state after `done` steps to the writer; its tensors and a JSON state are all that a resume needs."""
     outlets.folder.sync_metrics()
     outlets.writer.submit(done, built.tensors(), {"step": done, "facts": dict(outlets.facts)})
-
-
-def attention_after(built: Built, done: int) -> AttentionMode:
-    """The attention mode of the last step done (of the first, before any)."""
-    return built.plans[max(done - 1, 0)].attention
 
 
 def _row(plan: StepPlan, result: StepResult, seconds: float, run_s: float) -> dict[str, Any]:

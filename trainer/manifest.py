@@ -93,13 +93,10 @@ def decode(content: bytes) -> Manifest:
         if (raw["format"], raw["hash"], raw["block_bytes"]) != (FORMAT, "sha256", BLOCK_BYTES):
             raise ValueError(f"format {raw['format']!r} with {raw['hash']} per {raw['block_bytes']} bytes is unknown")
         manifest = Manifest(
-            step=int(raw["step"]),
-            files={name: FileEntry(**entry) for name, entry in raw["files"].items()},
-            tensors={
-                name: TensorEntry(**{**entry, "shape": tuple(entry["shape"]), "hashes": tuple(entry["hashes"])})
-                for name, entry in raw["tensors"].items()
-            },
-            state=raw["state"],
+            step=_integer(raw["step"]),
+            files={name: _file_entry(entry) for name, entry in raw["files"].items()},
+            tensors={name: _tensor_entry(entry) for name, entry in raw["tensors"].items()},
+            state=dict(raw["state"].items()),
         )
         _check_layout(manifest)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -112,6 +109,31 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(result) != len(pairs):
         raise ValueError("a name occurs twice")
     return result
+
+
+def _integer(value: Any) -> int:
+    if type(value) is not int:
+        raise TypeError(f"{value!r}: expected an integer")
+    return value
+
+
+def _file_entry(raw: dict[str, Any]) -> FileEntry:
+    return FileEntry(
+        size_bytes=_integer(raw["size_bytes"]),
+        header_bytes=_integer(raw["header_bytes"]),
+        header_hash=raw["header_hash"],
+    )
+
+
+def _tensor_entry(raw: dict[str, Any]) -> TensorEntry:
+    return TensorEntry(
+        file=raw["file"],
+        dtype=raw["dtype"],
+        shape=tuple(map(_integer, raw["shape"])),
+        start=_integer(raw["start"]),
+        stop=_integer(raw["stop"]),
+        hashes=tuple(raw["hashes"]),
+    )
 
 
 def _identical(left: object, right: object) -> bool:

@@ -34,7 +34,7 @@ _PAIR = re.compile(
 
 def values(config: Mapping[str, Any]) -> dict[str, Any]:
     """A copy of a nested configuration, its secrets replaced by `[redacted]`; tuples become lists."""
-    return {key: _value(str(key), value) for key, value in config.items()}
+    return {key: _value(key, value) for key, value in config.items()}
 
 
 def override(text: str) -> str:

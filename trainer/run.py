@@ -3,17 +3,18 @@
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from trainer import checkpoint, folder, provenance
-from trainer.build import Built, build, read_data
+from trainer.build import Built, attention_after, build, read_data
 from trainer.checkpoint import Loaded
 from trainer.config import TrainConfig
 from trainer.device import settle
 from trainer.folder import FINISHED, RunFolder
-from trainer.loop import Outlets, attention_after, run_steps
+from trainer.loop import Outlets, run_steps
+from trainer.manifest import CheckpointError
 from trainer.progress import Progress
 from trainer.sample import generate
 from trainer.stop import Stop, on_signals
@@ -22,6 +23,25 @@ from trainer.validate import HeldOut, hold_out
 from trainer.writer import Writer
 
 EXIT_CODES = {"SIGINT": 130, "SIGTERM": 143}
+TRAINING_FAILURES = (CheckpointError, FloatingPointError, OverflowError)
+"""What ends a run with one line instead of a traceback: the disk, or numbers that are no numbers any more."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Session:
+    """How one process works on a run: nothing here changes what the run computes.
+
+    stop_at: stop before the step of this number, as if asked to. allow_changes: resume although something that decides
+    the bits differs. json: progress as JSON lines on standard output.
+    """
+
+    stop_at: int = sys.maxsize
+    allow_changes: bool = False
+    json: bool = False
+
+    def say(self, text: str) -> None:
+        """A line for people."""
+        print(text, file=sys.stderr if self.json else sys.stdout, flush=True)
 
 
 def train(
@@ -29,110 +49,131 @@ def train(
     *,
     new: bool = False,
     overrides: Sequence[str] = (),
-    json: bool = False,
     stop_at: int = sys.maxsize,
     allow_changes: bool = False,
+    json: bool = False,
 ) -> int:
     """Continue the unfinished run of exactly this configuration, or start one; returns the exit code.
 
-    new: start afresh in any case. stop_at: stop before the step of this number, as if asked to. allow_changes: go on
-    although something that decides the bits differs. Raises ValueError for what the user can mend.
+    new: start afresh in any case. overrides: what the user typed, kept beside the run. The others: see `Session`.
+    Raises ValueError for what the user can mend.
     """
-    device = settle(config)
-    config_identity = folder.identity(asdict(config))
-    found = None if new else folder.find_unfinished(Path(config.runs_dir), config.name, config_identity)
+    session = Session(stop_at=stop_at, allow_changes=allow_changes, json=json)
+    found = None
+    if not new:
+        identity = folder.identity(asdict(config))
+        found = folder.find_unfinished(Path(config.runs_dir), config.name, identity)
     if found is not None:
-        print(f"continuing {found.path}: the same configuration, not finished (--new starts afresh)", flush=True)
-        return resume(config, found, stop_at=stop_at, allow_changes=allow_changes)
-    data = read_data(config, _say)
+        session.say(f"continuing {found.path}: the same configuration, not finished (--new starts afresh)")
+        return _resume(config, found, session)
+    device = settle(config)
+    data = read_data(config, session.say)
     facts = _facts(config, str(device), data.fingerprint)
     made = folder.create(Path(config.runs_dir), config.name, asdict(config), overrides, facts, provenance.commit())
-    _say(f"run {made.path} on {device}, {config.precision.dtype}, {config.threads} threads")
+    session.say(f"run {made.path} on {device}, {config.precision.dtype}, {config.threads} threads")
     try:
-        return _run(build(config, data, device), made, facts, None, stop_at)
+        built = build(config, data, device)
+        session.say(built.parts.optimizer.table())
+        return _run(built, made, facts, None, session)
     finally:
         made.release()
 
 
 def resume(
-    config: TrainConfig, run_folder: RunFolder, *, stop_at: int = sys.maxsize, allow_changes: bool = False
+    config: TrainConfig,
+    run_folder: RunFolder,
+    *,
+    stop_at: int = sys.maxsize,
+    allow_changes: bool = False,
+    json: bool = False,
 ) -> int:
     """Go on from the newest checkpoint that verifies, or from the beginning where there is none; see `train`."""
+    return _resume(config, run_folder, Session(stop_at=stop_at, allow_changes=allow_changes, json=json))
+
+
+def _resume(config: TrainConfig, run_folder: RunFolder, session: Session) -> int:
     device = settle(config)
     run_folder.lock()
     try:
         if run_folder.is_finished():
             raise ValueError(f"run = {run_folder.path}: expected an unfinished run, this one is finished")
-        data = read_data(config, _say)
+        data = read_data(config, session.say)
         facts = _facts(config, str(device), data.fingerprint)
-        _refuse_changes(run_folder.provenance, facts, allow_changes)
-        found = checkpoint.recover(run_folder.checkpoints, _say)
+        _refuse_changes(run_folder.provenance, facts, session)
+        found = checkpoint.recover(run_folder.checkpoints, session.say)
         built = build(config, data, device)
         if found is not None:
-            _refuse_changes(found[1].state["facts"], facts, allow_changes)
+            _refuse_changes(found[1].state["facts"], facts, session)
             built.restore(found[1].tensors)
-        _say(f"run {run_folder.path}: going on after step {found[1].step if found else 0} of {len(built.plans)}")
-        return _run(built, run_folder, facts, found[1] if found else None, stop_at)
+        first_step = found[1].step if found else 0
+        session.say(f"run {run_folder.path}: going on after step {first_step} of {len(built.plans)}")
+        return _run(built, run_folder, facts, found[1] if found else None, session)
     finally:
         run_folder.release()
 
 
-def _run(built: Built, run_folder: RunFolder, facts: Mapping[str, Any], loaded: Loaded | None, stop_at: int) -> int:
+def _run(built: Built, run_folder: RunFolder, facts: Mapping[str, Any], loaded: Loaded | None, session: Session) -> int:
     config, first_step = built.config, loaded.step if loaded else 0
     held_out = hold_out(built.data, config.validation.rows)
+    progress = Progress(len(built.plans), _total_tokens(built), as_json=session.json)
     outlets = Outlets(
         folder=run_folder,
         writer=Writer(run_folder.checkpoints, config.checkpoint.keep_last, config.checkpoint.keep_every_steps),
-        tracker=Tracker(run_folder.path, config.tracking, asdict(config), run_folder.run_id, _say),
-        progress=Progress(len(built.plans), _total_tokens(built)),
+        tracker=Tracker(run_folder.path, config.tracking, asdict(config), run_folder.run_id, progress.say),
+        progress=progress,
         facts=facts,
     )
     run_folder.begin("resume" if loaded else "start", first_step, provenance.versions())
     stop, done = Stop(), first_step
     try:
         with on_signals(stop):
-            done = run_steps(built, outlets, held_out, first_step, stop, stop_at)
+            done = run_steps(built, outlets, held_out, first_step, stop, session.stop_at)
             outlets.writer.close()
     except BaseException as error:
         run_folder.end(f"{type(error).__name__}: {error}", done)
+        if isinstance(error, TRAINING_FAILURES):
+            print(f"keel: error: {error}", file=sys.stderr)
+            print(f"the last checkpoint is kept; to go on from it: {_command('resume', run_folder)}", file=sys.stderr)
+            return 1
         raise
     finally:
         outlets.tracker.close()
     if done < len(built.plans):
-        reason = stop.reason or f"stop at step {stop_at}"
+        reason = stop.reason or f"stop at step {session.stop_at}"
         run_folder.end(reason, done)
-        _say(f"stopped after step {done} ({reason}), saved. To go on: {_command('resume', run_folder)}")
+        progress.say(f"stopped after step {done} ({reason}), saved. To go on: {_command('resume', run_folder)}")
         return EXIT_CODES.get(reason, 0)
-    _finish(built, run_folder, held_out)
+    _finish(built, run_folder, held_out, progress)
     run_folder.end(FINISHED, done)
     return 0
 
 
-def _finish(built: Built, run_folder: RunFolder, held_out: HeldOut) -> None:
-    config, mode = built.config, attention_after(built, len(built.plans))
+def _finish(built: Built, run_folder: RunFolder, held_out: HeldOut, progress: Progress) -> None:
+    config, say = built.config, progress.say
+    mode = attention_after(config.schedule, len(built.plans))
     final = held_out.measure(built.parts.pool, mode)
-    _say(f"held-out loss {final['validation/loss']:.4f} nats, {final['validation/bits_per_byte']:.4f} bits per byte")
+    say(f"held-out loss {final['validation/loss']:.4f} nats, {final['validation/bits_per_byte']:.4f} bits per byte")
     if config.validation.bigram:
         bar = held_out.bigram(built.data)
-        _say(f"a bigram model of all {bar.tokens} training tokens: {bar.loss:.4f} nats on the same targets")
+        say(f"a bigram model of all {bar.tokens} training tokens: {bar.loss:.4f} nats on the same targets")
     pieces = generate(built.parts.model, built.data.tokenizer, config.sample, mode, config.seed)
     text = "".join(pieces)
     (run_folder.path / "samples" / f"step-{len(built.plans):06}.txt").write_text(text)
-    _say("\n".join(["sample:", *("    " + line for line in text.splitlines())]))
-    _say(f"another sample:  {_command('sample', run_folder)}")
-    _say(f"its curves:      wandb leet {shlex.quote(str(run_folder.path / 'wandb'))}")
+    say("\n".join(["sample:", *("    " + line for line in text.splitlines())]))
+    say(f"another sample:  {_command('sample', run_folder)}")
+    say(f"its curves:      wandb leet {shlex.quote(str(run_folder.path / 'wandb'))}")
 
 
-def _refuse_changes(saved: Mapping[str, Any], now: Mapping[str, Any], allow_changes: bool) -> None:
+def _refuse_changes(saved: Mapping[str, Any], now: Mapping[str, Any], session: Session) -> None:
     differences = provenance.compare(saved, now)
     if saved.get("data_fingerprint") != now["data_fingerprint"]:
         differences.append("the training data or the tokenizer differ")
-    if differences and not allow_changes:
+    if differences and not session.allow_changes:
         raise ValueError(
             f"resume = {'; '.join(differences)}: expected the same, or --allow-changes, which gives up bit-equality"
         )
     for difference in differences:
-        _say(f"bit-equality is off from here on: {difference}")
+        session.say(f"bit-equality is off from here on: {difference}")
 
 
 def _facts(config: TrainConfig, device: str, data_fingerprint: str) -> dict[str, Any]:
@@ -146,7 +187,3 @@ def _total_tokens(built: Built) -> int:
 
 def _command(verb: str, run_folder: RunFolder) -> str:
     return f"./keel {verb} {shlex.quote(str(run_folder.path))}"
-
-
-def _say(text: str) -> None:
-    print(text, flush=True)

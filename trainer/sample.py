@@ -9,7 +9,23 @@ from torch import Tensor
 from data.tokenizer import Tokenizer
 from model.config import AttentionMode
 from model.transformer import Transformer
-from trainer.config import SampleConfig
+from trainer import checkpoint
+from trainer.build import attention_after, build_model, read_data, restore_model
+from trainer.config import SampleConfig, TrainConfig
+from trainer.device import settle
+from trainer.folder import RunFolder
+
+
+def sample_run(config: TrainConfig, run_folder: RunFolder, *, seed: int) -> Iterator[str]:
+    """Yield text from a run's newest checkpoint that verifies; ValueError where there is none."""
+    device = settle(config)
+    found = checkpoint.newest_valid(run_folder.checkpoints, lambda line: None)
+    if found is None:
+        raise ValueError(f"run = {run_folder.path}: expected a run with a checkpoint, this one has none yet")
+    data = read_data(config, lambda line: None)
+    model = build_model(config, device)
+    restore_model(model, found[1].tensors)
+    yield from generate(model, data.tokenizer, config.sample, attention_after(config.schedule, found[1].step), seed)
 
 
 @torch.no_grad()

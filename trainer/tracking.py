@@ -87,18 +87,7 @@ def _start(
 ) -> Any:
     import wandb
 
-    settings = wandb.Settings(
-        silent=True,
-        console="off",
-        disable_code=True,
-        disable_git=True,
-        x_disable_meta=True,
-        x_disable_machine_info=True,
-        x_disable_stats=True,
-        x_save_requirements=False,
-        init_timeout=_INIT_TIMEOUT_S,
-        finish_timeout=_FINISH_TIMEOUT_S,
-    )
+    settings = _settings()
     try:
         wandb.setup(settings=settings)
         run = wandb.init(
@@ -111,6 +100,24 @@ def _start(
     run.define_metric(STEP_METRIC)
     run.define_metric("*", step_metric=STEP_METRIC)
     return run
+
+
+def _settings() -> Any:
+    """Silent, bounded in time, and collecting nothing by itself; each switch that guards a secret is set."""
+    import wandb
+
+    return wandb.Settings(
+        silent=True,
+        console="off",
+        disable_code=True,
+        disable_git=True,
+        x_disable_meta=True,
+        x_disable_machine_info=True,
+        x_disable_stats=True,
+        x_save_requirements=False,
+        init_timeout=_INIT_TIMEOUT_S,
+        finish_timeout=_FINISH_TIMEOUT_S,
+    )
 
 
 def _abandon() -> None:

@@ -80,6 +80,15 @@ def test_an_epoch_holds_every_token_once_and_the_next_has_another_order(stores: 
     assert Counter(tokens_of(third)) == dict.fromkeys(range(sum(LENGTHS)), 2)
 
 
+def test_every_epoch_deals_the_documents_to_chunks_anew(stores: dict[str, TokenStore]) -> None:
+    chunks = StoredChunks("a", stores["a"], chunk_documents=16, seed=1)
+    sizes = [len(chunks.lengths(0, number)) for number in range(7)]
+    assert sizes == [14, 14, 14, 15, 14, 14, 15]
+    members = [frozenset(chunks.load(epoch, 0).starts.tolist()) for epoch in range(4)]
+    assert len(set(members)) == 4
+    assert chunks.locate(7 * 3 + 2) == (3, 2)
+
+
 def test_a_corpus_smaller_than_a_chunk_is_one_chunk_per_epoch(stores: dict[str, TokenStore]) -> None:
     stream = stream_of({"a": stores["a"]}, LONG, chunk_documents=10_000)
     rows = epoch_rows(stream, 0, sum(LENGTHS))

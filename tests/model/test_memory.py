@@ -23,8 +23,8 @@ from model.transformer import Transformer
 from tests.model.observing import build
 from tests.oracles.cases import documents
 
-LENGTHS = (96, 192, 384)
-CHUNK = 16
+LENGTHS = (64, 128, 256)
+CHUNK = 32
 
 
 class Storages(TorchDispatchMode):
@@ -77,7 +77,8 @@ def measure(model: Transformer, T: int, mode: AttentionMode) -> Measured:
 def model(monkeypatch: pytest.MonkeyPatch) -> Transformer:
     monkeypatch.setattr(attend, "CHUNK", CHUNK)
     monkeypatch.setattr(losses, "CHUNK", CHUNK)
-    return build(1, torch.float32, compress_ratios=[0, 4, 8, 0], sliding_window=8, hidden_size=16)
+    sizes = {"compress_ratios": [4, 8, 0], "sliding_window": 8, "hidden_size": 16, "hc_sinkhorn_iters": 2}
+    return build(1, torch.float32, **sizes)
 
 
 def growth(sizes: list[int]) -> float:
@@ -88,15 +89,15 @@ def growth(sizes: list[int]) -> float:
 LINEAR = 2.02
 """Measured: 2.00, since every length is a multiple of the chunk; one per cent is left for alignment."""
 
-LARGEST = 2.5
-"""For the largest tensor, which is that of a weight in the shortest row and one of tokens in the longest."""
+LARGEST = 2.1
+"""Times the largest tensor may grow from 2T to 4T; measured 1.8 to 2.0, as one of tokens outgrows that of a weight."""
 
 
 @pytest.mark.parametrize("mode", ["dense", "indexer_warmup", "sparse"])
 def test_kept_bytes_and_the_largest_tensor_grow_linearly(mode: AttentionMode, model: Transformer) -> None:
     measured = [measure(model, T, mode) for T in LENGTHS]
     assert growth([m.kept for m in measured]) <= LINEAR
-    assert growth([m.largest for m in measured]) <= LARGEST
+    assert measured[2].largest <= LARGEST * measured[1].largest
     # Nothing of T x T, nor of T x T / 4 blocks, at any time, forwards or backwards: H T T / 4 fp32 would be this.
     assert measured[-1].largest < 4 * model.config.num_attention_heads * LENGTHS[-1] ** 2 / 4
 
@@ -133,7 +134,7 @@ def test_attention_that_keeps_its_scores_is_seen(model: Transformer, monkeypatch
     torch.testing.assert_close(model(token_BT).h_BTD, right, rtol=1e-4, atol=1e-4)
     measured = [measure(model, T, "sparse") for T in LENGTHS]
     assert growth([m.kept for m in measured]) > 2.5
-    assert growth([m.largest for m in measured]) > 3.5
+    assert measured[2].largest > 3.5 * measured[1].largest
 
 
 def test_a_row_in_one_chunk_is_seen(model: Transformer, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -141,7 +142,7 @@ def test_a_row_in_one_chunk_is_seen(model: Transformer, monkeypatch: pytest.Monk
     monkeypatch.setattr(attend, "CHUNK", max(LENGTHS))
     measured = [measure(model, T, "sparse") for T in LENGTHS]
     assert growth([m.kept for m in measured]) <= LINEAR
-    assert growth([m.largest for m in measured]) > 3.5
+    assert measured[2].largest > 3.5 * measured[1].largest
 
 
 def test_kept_bytes_are_those_a_graph_keeps() -> None:

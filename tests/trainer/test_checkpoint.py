@@ -62,7 +62,13 @@ def test_every_dtype_and_shape_comes_back(
 
 def test_views_parameters_and_shared_memory_are_saved_as_what_they_show(tmp_path: Path) -> None:
     base = torch.arange(24.0).reshape(4, 6)
-    tensors = {"transposed": base.T, "row": base[1], "column": base[:, 1], "base": base, "parameter": torch.nn.Parameter(base)}
+    tensors = {
+        "transposed": base.T,
+        "row": base[1],
+        "column": base[:, 1],
+        "base": base,
+        "parameter": torch.nn.Parameter(base),
+    }
     loaded = checkpoint.load(checkpoint.save(tmp_path, 0, tensors, {})).tensors
     assert all(same_bits(loaded[name], tensor) for name, tensor in tensors.items())
 
@@ -95,6 +101,11 @@ def test_state_that_would_come_back_different_is_refused(tmp_path: Path, value: 
 def test_an_unsupported_dtype_is_refused_by_name(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"tensor x: torch\.complex64 cannot be saved"):
         checkpoint.save(tmp_path, 0, {"x": torch.zeros(2, dtype=torch.complex64)}, {})
+
+
+def test_the_name_that_safetensors_keeps_for_itself_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="tensor __metadata__: expected another name"):
+        checkpoint.save(tmp_path, 0, {"__metadata__": torch.zeros(2)}, {})
 
 
 # damage
@@ -194,7 +205,11 @@ FORGERIES: dict[str, Callable[[dict[str, Any]], None]] = {
     "a negative shape": lambda m: m["tensors"]["model/embed.weight"].update(shape=[-64, -96]),
     "an unknown dtype": lambda m: m["tensors"]["router/bias"].update(dtype="object"),
     "a missing hash": lambda m: m["tensors"]["router/bias"].update(hashes=[]),
-    "an unknown field": lambda m: m["tensors"]["router/bias"].update(code="import os"),
+    "a shape of fractions": lambda m: m["tensors"]["router/bias"].update(shape=[1024.0]),
+    "a start that is text": lambda m: m["tensors"]["router/bias"].update(start="0"),
+    "a step that is text": lambda m: m.update(step="600"),
+    "a state that is a list": lambda m: m.update(state=[]),
+    "an entry that is a list": lambda m: m["tensors"].update({"router/bias": []}),
     "a file that is a list": lambda m: m.update(files=[]),
     "a missing file entry": lambda m: m.update(files={}),
 }

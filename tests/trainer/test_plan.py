@@ -22,7 +22,14 @@ from trainer import schedule
 from trainer.build import build
 from trainer.config import Precision, TrainConfig
 from trainer.plan import Plan, plan
-from trainer.schedule_config import AttentionStage, MtpWeightStage, RowLengthStage
+from trainer.schedule_config import (
+    AttentionStage,
+    BatchConfig,
+    MtpWeightStage,
+    RateConfig,
+    RowLengthStage,
+    ScheduleConfig,
+)
 
 
 @pytest.fixture(scope="module")
@@ -30,23 +37,23 @@ def debug() -> TrainConfig:
     return compose(["recipe=debug"]).config
 
 
-def with_odd_stages(config: TrainConfig) -> TrainConfig:
-    """Stages that begin inside a step, two of them inside the same one, and one that begins after the last step."""
-    odd = replace(
-        config.schedule,
-        row_length=(RowLengthStage(from_tokens=0, value=128), RowLengthStage(from_tokens=300_001, value=512)),
-        attention=(
-            AttentionStage(from_tokens=0, value="dense"),
-            AttentionStage(from_tokens=300_002, value="indexer_warmup"),
-            AttentionStage(from_tokens=400_000, value="sparse"),
-        ),
-        mtp_weight=(
-            MtpWeightStage(from_tokens=0, value=0.3),
-            MtpWeightStage(from_tokens=777_777, value=0.1),
-            MtpWeightStage(from_tokens=config.schedule.total_tokens + 10**6, value=0.0),
-        ),
-    )
-    return replace(config, schedule=odd)
+ODD = ScheduleConfig(
+    total_tokens=1_000_000,
+    rate=RateConfig(peak=1e-3, final=1e-4, warmup_tokens=5_000, decay_start_tokens=700_000),
+    batch=BatchConfig(tokens=8_192, start_tokens=4_096, ramp_tokens=100_000),
+    row_length=(RowLengthStage(from_tokens=0, value=128), RowLengthStage(from_tokens=300_001, value=512)),
+    attention=(
+        AttentionStage(from_tokens=0, value="dense"),
+        AttentionStage(from_tokens=300_002, value="indexer_warmup"),
+        AttentionStage(from_tokens=400_000, value="sparse"),
+    ),
+    mtp_weight=(
+        MtpWeightStage(from_tokens=0, value=0.3),
+        MtpWeightStage(from_tokens=777_777, value=0.1),
+        MtpWeightStage(from_tokens=2_000_000, value=0.0),
+    ),
+)
+"""Stages that begin inside a step, two of them inside the same one, and one that begins after the last step."""
 
 
 def check_stages(config: TrainConfig, planned: Plan) -> None:
@@ -75,7 +82,7 @@ def test_stages_add_up_to_every_step(debug: TrainConfig) -> None:
 
 
 def test_stages_that_begin_inside_steps(debug: TrainConfig) -> None:
-    config = with_odd_stages(debug)
+    config = replace(debug, schedule=ODD)
     planned = plan(config)
     assert len(planned.stages) == 4
     check_stages(config, planned)

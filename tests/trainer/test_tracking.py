@@ -102,7 +102,7 @@ print(tracker.mode)
 def test_no_secret_of_environment_arguments_remotes_or_output_is_in_any_file(run_folder: Path, tmp_path: Path) -> None:
     checkout = tmp_path / "checkout"
     checkout.mkdir()
-    for arguments in (["init", "-q"], ["remote", "add", "origin", "https://user:PLANTED@example.com/x.git"]):
+    for arguments in (["init", "-q"], ["remote", "add", "origin", "https://user:secret@PLANTED.example/x.git"]):
         subprocess.run(["git", "-C", str(checkout), *arguments], check=True)
     (checkout / "train.py").write_text(PLANTED)
     (checkout / "requirements.txt").write_text("PLANTED==1\n")
@@ -120,6 +120,22 @@ def test_no_secret_of_environment_arguments_remotes_or_output_is_in_any_file(run
     files = [path for path in run_folder.rglob("*") if path.is_file()]
     assert any(path.suffix == ".wandb" for path in files)
     assert [path for path in files if b"PLANTED" in path.read_bytes()] == []
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [
+        ("console", "off"),
+        ("disable_code", True),
+        ("disable_git", True),
+        ("x_disable_meta", True),
+        ("x_disable_machine_info", True),
+        ("x_disable_stats", True),
+        ("x_save_requirements", False),
+    ],
+)
+def test_each_switch_is_off_though_several_guard_the_same_secret(setting: str, value: object) -> None:
+    assert getattr(tracking._settings(), setting) == value
 
 
 # when wandb cannot
