@@ -6,7 +6,6 @@ Importing this file needs nothing but the standard library: the bootstrap asks i
 import os
 import shutil
 import sys
-from pathlib import Path
 
 DRIVER_FILES = ("/proc/driver/nvidia/version", "/dev/nvidiactl", "/usr/lib/wsl/lib/libcuda.so.1")
 """Linux, Linux in a sandbox that hides /proc, and Linux inside Windows."""
@@ -37,8 +36,3 @@ def refuse_idle_gpu(device: str) -> None:
             f"device = auto: expected a torch that sees this machine's NVIDIA GPU, not {torch.__version__}; set the "
             "environment up again (remove .venv; KEEL_TORCH_INDEX names an index with CUDA builds) or say device=cpu"
         )
-
-
-def checkout() -> Path:
-    """The folder that holds `launch`, `configs` and the other five."""
-    return Path(__file__).resolve().parent.parent

@@ -11,8 +11,7 @@ import os
 import re
 import sys
 from collections.abc import Sequence
-
-from launch.device import checkout
+from pathlib import Path
 
 VERBS = ("train", "resume", "plan", "config", "sample", "test")
 FOLDERS = ("configs", "launch", "trainer", "model", "optim", "data", "tests")
@@ -43,6 +42,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not COMPLAINT.fullmatch(str(error)):
             raise
         return _complain(str(error))
+
+
+def checkout() -> Path:
+    """The folder that holds `launch`, `configs` and the other five."""
+    return Path(__file__).resolve().parent.parent
 
 
 def refuse_foreign_folders() -> None:

@@ -9,7 +9,7 @@ import sysconfig
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from launch.device import checkout
+from launch.main import checkout
 
 HELP = "run the tests; --all also the slow ones, style, imports and types"
 USAGE = f"""

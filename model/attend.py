@@ -5,10 +5,10 @@ backward pass, written by hand, computes the probabilities of each chunk again. 
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx
 
 from model.layers import at_least_fp32
 from model.visibility import Blocks, Layout
@@ -79,7 +79,7 @@ def chunks(layout: Layout, window: int, ratio: int, selected_BTZ: Tensor | None 
 class _Attend(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: FunctionCtx,
+        ctx: Any,
         q_BTHC: Tensor,
         kv_BTC: Tensor,
         entry_BSC: Tensor,
@@ -102,7 +102,7 @@ class _Attend(torch.autograd.Function):
         return o_BTHC, lse_BTH
 
     @staticmethod
-    def backward(ctx: FunctionCtx, grad_BTHC: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_BTHC: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         q_BTHC, kv_BTC, entry_BSC, sink_H, o_BTHC, lse_BTH = ctx.saved_tensors
         grad_q = torch.empty_like(q_BTHC)
         grad_kv = torch.zeros_like(at_least_fp32(kv_BTC))

@@ -81,7 +81,7 @@ class Attention(nn.Module):
     ) -> tuple[Tensor, IndexerStatistics | None]:
         window = self.config.sliding_window
         dense = chunks(place.layout, window, self.ratio)
-        if index is None:
+        if index is None or entry_BSC is None:
             return attend(q_BTHC, kv_BTC, entry_BSC, self.attn_sink, dense)[0], None
         selected_BTZ, parts = None, dense
         if place.mode == "sparse" or place.measure_recall:
@@ -92,7 +92,7 @@ class Attention(nn.Module):
         target = Target(q_BTHC=q_BTHC.detach(), entry_BSC=entry_BSC.detach(), lse_BTH=lse_BTH)
         counted_BT = place.layout.counted_BT
         kl_sum = indexer.kl_sum(index, target, parts, counted_BT)
-        if not place.measure_recall:
+        if not place.measure_recall or selected_BTZ is None:
             return o_BTHC, IndexerStatistics(kl_sum=kl_sum, recall=None)
         if parts is not dense:
             lse_BTH = attend(q_BTHC, kv_BTC, entry_BSC, self.attn_sink, dense)[1]

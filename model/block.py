@@ -42,10 +42,12 @@ class Block(nn.Module):
         self.attn = Attention(config, ratio, dtype)
         self.ffn_norm = RMSNorm(D, config.rms_norm_eps, dtype)
         self.ffn = MoE(config, hashed=hashed, dtype=dtype)
-        for site in ("attn", "ffn"):
-            self.register_parameter(f"hc_{site}_fn", nn.Parameter(torch.empty(rows, N * D, dtype=island)))
-            self.register_parameter(f"hc_{site}_base", nn.Parameter(torch.empty(rows, dtype=island)))
-            self.register_parameter(f"hc_{site}_scale", nn.Parameter(torch.empty(3, dtype=island)))
+        self.hc_attn_fn = nn.Parameter(torch.empty(rows, N * D, dtype=island))
+        self.hc_attn_base = nn.Parameter(torch.empty(rows, dtype=island))
+        self.hc_attn_scale = nn.Parameter(torch.empty(3, dtype=island))
+        self.hc_ffn_fn = nn.Parameter(torch.empty(rows, N * D, dtype=island))
+        self.hc_ffn_base = nn.Parameter(torch.empty(rows, dtype=island))
+        self.hc_ffn_scale = nn.Parameter(torch.empty(3, dtype=island))
 
     def forward(
         self, x_BTND: Tensor, token_BT: Tensor, place: Place, balance: float, indexer: float

@@ -3,9 +3,10 @@
 Source: R 2.1, released code (spec 4.2). y = w2(weight * silu(min(w1 x, limit)) * clamp(w3 x, -limit, limit)).
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import FunctionCtx
 from torch.nn import functional as F
 
 from model.layers import Linear, at_least_fp32
@@ -19,7 +20,7 @@ def clamped_swiglu(gate_PF: Tensor, up_PF: Tensor, limit: float) -> Tensor:
 
 class _GroupedMatmul(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: FunctionCtx, x_PD: Tensor, w_EFD: Tensor, counts: list[int]) -> Tensor:
+    def forward(ctx: Any, x_PD: Tensor, w_EFD: Tensor, counts: list[int]) -> Tensor:
         ctx.save_for_backward(x_PD, w_EFD)
         ctx.counts = counts
         y_PF = x_PD.new_empty(x_PD.shape[0], w_EFD.shape[1])
@@ -28,7 +29,7 @@ class _GroupedMatmul(torch.autograd.Function):
         return y_PF
 
     @staticmethod
-    def backward(ctx: FunctionCtx, grad_PF: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx: Any, grad_PF: Tensor) -> tuple[Tensor, Tensor, None]:
         x_PD, w_EFD = ctx.saved_tensors
         counts = ctx.counts
         grad_x, grad_w = torch.empty_like(x_PD), torch.empty_like(w_EFD)

@@ -1,8 +1,9 @@
 """Picking rows that are each picked at most once, so that the backward pass is a pick too, not a sum."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx
 
 
 def take(x_PD: Tensor, index_Q: Tensor, inverse_P: Tensor) -> Tensor:
@@ -16,12 +17,12 @@ def take(x_PD: Tensor, index_Q: Tensor, inverse_P: Tensor) -> Tensor:
 
 class _Take(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: FunctionCtx, x_PD: Tensor, index_Q: Tensor, inverse_P: Tensor) -> Tensor:
+    def forward(ctx: Any, x_PD: Tensor, index_Q: Tensor, inverse_P: Tensor) -> Tensor:
         ctx.save_for_backward(inverse_P)
         return x_PD.index_select(0, index_Q)
 
     @staticmethod
-    def backward(ctx: FunctionCtx, grad_QD: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, grad_QD: Tensor) -> tuple[Tensor, None, None]:
         (inverse_P,) = ctx.saved_tensors
         if not len(grad_QD):
             return grad_QD.new_zeros(len(inverse_P), *grad_QD.shape[1:]), None, None

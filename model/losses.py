@@ -5,10 +5,10 @@ Balance and indexer terms arise inside layers; `attach` hands them their gradien
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx
 
 from model.config import CSA_RATIO
 from model.layers import at_least_fp32
@@ -70,12 +70,11 @@ def mtp_target(target_BT: Tensor, document_BT: Tensor) -> Tensor:
 
 class _CrossEntropySum(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: FunctionCtx, h_PD: Tensor, weight_VD: Tensor, target_P: Tensor) -> Tensor:
+    def forward(ctx: Any, h_PD: Tensor, weight_VD: Tensor, target_P: Tensor) -> Tensor:
         weight = at_least_fp32(weight_VD)
         total = weight.new_zeros(())
         needed = any(ctx.needs_input_grad[:2])
-        grad_h = torch.empty_like(h_PD) if needed else None
-        grad_weight = torch.zeros_like(weight) if needed else None
+        grad_h, grad_weight = torch.empty_like(h_PD), torch.zeros_like(weight)
         for first in range(0, h_PD.shape[0], CHUNK):
             rows = slice(first, first + CHUNK)
             h, learned = at_least_fp32(h_PD[rows]), (target_P[rows] >= 0).unsqueeze(-1)
@@ -88,12 +87,11 @@ class _CrossEntropySum(torch.autograd.Function):
                 grad_PV.mul_(learned)
                 grad_h[rows] = grad_PV @ weight
                 grad_weight.addmm_(grad_PV.T, h)
-        if needed:
-            ctx.save_for_backward(grad_h, grad_weight.to(weight_VD.dtype))
+        ctx.save_for_backward(grad_h, grad_weight.to(weight_VD.dtype))
         return total
 
     @staticmethod
-    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         grad_h, grad_weight = ctx.saved_tensors
         return grad_h * grad.to(grad_h.dtype), grad_weight * grad.to(grad_weight.dtype), None
 
@@ -109,12 +107,12 @@ def cross_entropy_sum(h_BTD: Tensor, weight_VD: Tensor, target_BT: Tensor) -> Te
 
 class _Attach(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: FunctionCtx, x: Tensor, term: Tensor, scale: float) -> Tensor:
+    def forward(ctx: Any, x: Tensor, term: Tensor, scale: float) -> Tensor:
         ctx.scale, ctx.term = scale, (term.dtype, term.device)
         return x.view_as(x)
 
     @staticmethod
-    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         dtype, device = ctx.term
         return grad, torch.full((), ctx.scale, dtype=dtype, device=device), None
 

@@ -4,9 +4,10 @@ Orientation: comb_jk carries stream j to stream k, X'_k = sum_j comb_jk X_j, so 
 report's B. Everything here is an fp32 island except the streams themselves.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx
 
 from model.layers import at_least_fp32
 
@@ -50,14 +51,14 @@ def sinkhorn(logits: Tensor, iterations: int, eps: float) -> Tensor:
 
 class _Sinkhorn(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: FunctionCtx, logits: Tensor, iterations: int, eps: float) -> Tensor:
+    def forward(ctx: Any, logits: Tensor, iterations: int, eps: float) -> Tensor:
         ctx.save_for_backward(logits)
         ctx.iterations, ctx.eps = iterations, eps
         _, results, _ = _rounds(_tokens_last(logits), iterations, eps)
         return _tokens_first(results[-1], logits.shape)
 
     @staticmethod
-    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         (logits,) = ctx.saved_tensors
         softmax, results, divisors = _rounds(_tokens_last(logits), ctx.iterations, ctx.eps)
         grad_NNP = _tokens_last(grad)

@@ -8,16 +8,19 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Literal
 
 import torch
 from safetensors import safe_open
 from torch import Tensor
 
 from model.config import CSA_RATIO, ModelConfig, RopeScaling
-from model.inventory import Group, Kind, TensorSpec, released_tensors
+from model.inventory import Group, TensorSpec, released_tensors
 from model.transformer import Transformer
 
 _EXPERT = re.compile(r"(.*\.ffn\.experts)\.(\d+)\.(w[123])\.weight")
+
+LogicalKind = Literal["matrix", "table", "vector"]
 
 NOT_ARCHITECTURE = frozenset(
     [
@@ -56,7 +59,7 @@ class Logical:
     parameter: str
     start: int
     stop: int
-    kind: Kind
+    kind: LogicalKind
     group: Group
 
 
@@ -86,20 +89,23 @@ def logical_tensors(config: ModelConfig) -> Iterator[Logical]:
     Source: R 2.4 "logically independent", our reading (spec 5.2). Buffers are not among them.
     """
     for spec in released_tensors(config):
-        if spec.kind == "buffer":
+        kind = spec.kind
+        if kind == "buffer":
             continue
         where = locate(spec.name)
         if where.index is not None:
-            yield _logical(spec, spec.name, where.parameter, where.index, where.index + 1)
+            at = slice(where.index, where.index + 1)
+            yield _logical(spec.name, where.parameter, at, kind, spec.group)
             continue
         start = 0
         for suffix, rows in _parts(spec, config):
-            yield _logical(spec, spec.name + suffix, where.parameter, start, start + rows)
+            at = slice(start, start + rows)
+            yield _logical(spec.name + suffix, where.parameter, at, kind, spec.group)
             start += rows
 
 
-def _logical(spec: TensorSpec, name: str, parameter: str, start: int, stop: int) -> Logical:
-    return Logical(name=name, parameter=parameter, start=start, stop=stop, kind=spec.kind, group=spec.group)
+def _logical(name: str, parameter: str, at: slice, kind: LogicalKind, group: Group) -> Logical:
+    return Logical(name=name, parameter=parameter, start=at.start, stop=at.stop, kind=kind, group=group)
 
 
 def _parts(spec: TensorSpec, config: ModelConfig) -> list[tuple[str, int]]:

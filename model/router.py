@@ -46,6 +46,9 @@ def update_bias(bias_E: Tensor, load_E: Tensor, speed: float) -> None:
 class Gate(nn.Module):
     """weight [E, D] and, by layer kind, the buffer bias [E] (learned) or tid2eid [V, K] (hash)."""
 
+    bias: Tensor
+    tid2eid: Tensor
+
     def __init__(self, config: ModelConfig, *, hashed: bool, dtype: torch.dtype) -> None:
         super().__init__()
         self.config, self.hashed = config, hashed

@@ -51,9 +51,17 @@ class Transformer(nn.Module):
 
     def share_weights(self) -> None:
         """Lay the MTP branch's embedding and head over the main model's storage; call again after moving the model."""
-        for branch in self.mtp:
+        for branch in self.branches():
             branch.embed.weight = nn.Parameter(self.embed.weight.data)
             branch.head.weight = nn.Parameter(self.head.weight.data)
+
+    def branches(self) -> list[MTP]:
+        """The MTP branch, if there is one."""
+        return [branch for branch in self.mtp if isinstance(branch, MTP)]
+
+    def blocks(self) -> list[Block]:
+        """All blocks in order, the MTP branch last."""
+        return [block for block in (*self.layers, *self.mtp) if isinstance(block, Block)]
 
     def forward(
         self,
@@ -81,9 +89,9 @@ class Transformer(nn.Module):
             statistics.append(of_block)
         h_BTD = self.norm(self._collapse(x_BTND))
         mtp_h_BTD = of_mtp = None
-        if self.mtp and token_BT.shape[1] > 1:
+        for branch in self.branches() if token_BT.shape[1] > 1 else ():
             place = self._place(mtp_document(document_BT), position_BT[:, :-1], mode, False)
-            mtp_h_BTD, of_mtp = self.mtp[0].predict(x_BTND[:, :-1], token_BT[:, 1:], place, scales.mtp_balance)
+            mtp_h_BTD, of_mtp = branch.predict(x_BTND[:, :-1], token_BT[:, 1:], place, scales.mtp_balance)
         return Output(h_BTD=h_BTD, mtp_h_BTD=mtp_h_BTD, layers=tuple(statistics), mtp=of_mtp)
 
     def logits(self, h_BTD: Tensor) -> Tensor:

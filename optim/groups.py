@@ -70,7 +70,10 @@ def table(members: Sequence[Member], parameters: Mapping[str, Tensor], config: O
 def _aligned(lines: Sequence[Sequence[str]], left: Collection[int]) -> str:
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
     cells = (
-        [text.ljust(width) if i in left else text.rjust(width) for i, (text, width) in enumerate(zip(line, widths))]
+        [
+            text.ljust(width) if i in left else text.rjust(width)
+            for i, (text, width) in enumerate(zip(line, widths, strict=True))
+        ]
         for line in lines
     )
     return "\n".join("  ".join(line).rstrip() for line in cells)

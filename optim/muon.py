@@ -30,7 +30,8 @@ def update(weights: Sequence[Tensor], directions: Sequence[Tensor], rates: Seque
 
     O is the orthogonalised direction; each matrix is orthogonalised by itself, in one batch only for speed.
     """
-    scale = update_scale(*weights[0].shape, config)
+    rows, columns = weights[0].shape
+    scale = update_scale(rows, columns, config)
     orthogonal_XRC = orthogonalize(torch.stack(list(directions)))
     for weight, rate, orthogonal in zip(weights, rates, orthogonal_XRC, strict=True):
         weight.mul_(1 - rate * config.weight_decay).add_(orthogonal, alpha=-rate * scale)

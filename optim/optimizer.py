@@ -120,10 +120,11 @@ class Optimizer:
             rates = [self._rate(member.parameter, rate) for member in same]
             parts += [(weights[part], views[part], rates[part]) for part in muon.batches(weights)]
             # An orthogonal matrix has min(R, C) singular values 1: the change's sum of squares follows from its scale.
-            change = muon.update_scale(*shape, self.config.muon) ** 2 * min(shape)
+            rows, columns = shape
+            change = muon.update_scale(rows, columns, self.config.muon) ** 2 * min(rows, columns)
             for member, of_member in zip(same, rates, strict=True):
                 squares[member.group].append(change * of_member**2)
-        for _ in self._map(lambda part: muon.update(*part, self.config.muon), parts):
+        for _ in self._map(lambda part: muon.update(part[0], part[1], part[2], self.config.muon), parts):
             pass
 
     def _step_others(self, gradients: Mapping[str, Tensor], rate: float, squares: dict[str, list[float]]) -> None:

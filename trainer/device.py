@@ -14,9 +14,10 @@ def settle(config: TrainConfig) -> torch.device:
     CUBLAS_WORKSPACE_CONFIG, which CUDA needs for deterministic products, is set by `launch` before torch starts.
     """
     torch.set_num_threads(1)
-    torch.use_deterministic_algorithms(config.deterministic)
+    # Not use_deterministic_algorithms: for the same switch that one also imports the compiler, 2 s at every start.
+    torch.set_deterministic_debug_mode("error" if config.deterministic else "default")
     # Filling fresh memory guards against reads of it, which no kernel here does, and costs thousands of passes a step.
-    torch.utils.deterministic.fill_uninitialized_memory = False
+    torch.utils.deterministic.fill_uninitialized_memory = False  # pyrefly: ignore[missing-attribute]
     available = torch.cuda.is_available()
     if config.device == "cuda" and not available:
         raise ValueError("device = cuda: expected an NVIDIA GPU that this torch can use; found none")

@@ -101,8 +101,9 @@ def _heads(model: Transformer, output: Output, row: Batch) -> tuple[Tensor, Tens
     lm = cross_entropy_sum(output.h_BTD, model.head.weight, row.target_BT)
     if output.mtp_h_BTD is None:
         return lm, torch.zeros_like(lm)
+    (branch,) = model.branches()
     target_BT = mtp_target(row.target_BT, row.document_BT)
-    return lm, cross_entropy_sum(output.mtp_h_BTD, model.mtp[0].head.weight, target_BT)
+    return lm, cross_entropy_sum(output.mtp_h_BTD, branch.head.weight, target_BT)
 
 
 def _sums(output: Output, lm: Tensor, mtp: Tensor) -> RowSums:

@@ -35,12 +35,11 @@ def generate(
     """Yield the prompt, then pieces of text as they are drawn; ends at the end-of-document token.
 
     Each draw is a function of (seed, index of the token), so the same call gives the same text. A piece may be empty
-    while a character of several bytes is incomplete. An empty prompt starts from the end-of-document token.
+    while a character of several bytes is incomplete. Like every document, the row begins with the bos token.
     """
     device = model.embed.weight.device
-    ids = [int(token) for token in tokenizer.encode(config.prompt)] or [tokenizer.eos_id]
-    start = len(ids) if not config.prompt else 0
-    told = tokenizer.decode(ids[start:])
+    ids = [tokenizer.bos_id, *(int(token) for token in tokenizer.encode(config.prompt))]
+    told = tokenizer.decode(ids[1:])
     yield told
     for index in range(config.tokens):
         output = model(torch.tensor([ids], device=device), mode=mode)
@@ -48,7 +47,7 @@ def generate(
         ids.append(draw(logits_V, config.temperature, config.top_p, uniform(seed, index)))
         if ids[-1] == tokenizer.eos_id:
             return
-        text = tokenizer.decode(ids[start:])
+        text = tokenizer.decode(ids[1:])
         if not text.endswith("\ufffd"):
             yield text[len(told) :]
             told = text

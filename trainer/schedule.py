@@ -136,27 +136,6 @@ def segments(config: ScheduleConfig) -> list[tuple[int, int]]:
     return plan(config).segments()
 
 
-def describe(config: ScheduleConfig) -> str:
-    """The run as a table: one line wherever a stage, the batch's ramp or the rate's shape begins, and the last step."""
-    plans = plan(config)
-    marks = {0, config.rate.warmup_tokens, config.rate.decay_start_tokens, config.batch.ramp_tokens}
-    for stages in (config.row_length, config.attention, config.mtp_weight):
-        marks |= {stage.from_tokens for stage in stages}
-    steps = sorted({_first_step(plans, mark) for mark in marks if mark < config.total_tokens} | {len(plans) - 1})
-    lines = [f"{'step':>8} {'tokens':>18} {'rows':>6} {'length':>8} {'rate':>9} {'mtp':>5}  attention"]
-    for one in (plans[step] for step in steps):
-        lines.append(
-            f"{one.step:>8} {one.tokens:>18} {one.rows:>6} {one.row_length:>8} {one.rate:>9.2e} "
-            f"{one.mtp_weight:>5.2f}  {one.attention}"
-        )
-    return "\n".join(lines)
-
-
-def _first_step(plans: StepPlans, tokens: int) -> int:
-    """The first step that starts with at least `tokens` seen, or the last one."""
-    return min(bisect_right(plans, tokens - 1, key=lambda one: one.tokens), len(plans) - 1)
-
-
 def _stage(stages: Sequence[Stage], tokens: int) -> Stage:
     return stages[bisect_right(stages, tokens, key=lambda stage: stage.from_tokens) - 1]
 

@@ -5,6 +5,7 @@ Tokens seen = rows x row length of all steps before: an integer that any step nu
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from model.config import AttentionMode, require
 
@@ -106,5 +107,5 @@ class ScheduleConfig:
 
 
 def _check_starts(key: str, starts: Sequence[int]) -> None:
-    ordered = bool(starts) and starts[0] == 0 and all(a < b for a, b in zip(starts, starts[1:], strict=False))
+    ordered = bool(starts) and starts[0] == 0 and all(a < b for a, b in pairwise(starts))
     require(ordered, f"{key}.from_tokens", list(starts), "a first stage at 0, then increasing numbers")

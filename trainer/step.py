@@ -93,9 +93,10 @@ def frozen_groups(mode: AttentionMode, groups: dict[str, str]) -> frozenset[str]
 def update_biases(model: Transformer, rows: list[RowSums], speed: float) -> None:
     """The auxiliary-loss-free rule, from the loads of the whole step (V3 2.1.2)."""
     load_LE = torch.stack([result.load_LE for result in rows]).sum(0)
-    for block, load_E in zip([*model.layers, *model.mtp], load_LE, strict=True):
-        if not block.ffn.gate.hashed:
-            update_bias(block.ffn.gate.bias, load_E.to(block.ffn.gate.bias.device), speed)
+    for block, load_E in zip(model.blocks(), load_LE, strict=True):
+        gate = block.ffn.gate
+        if not gate.hashed:
+            update_bias(gate.bias, load_E.to(gate.bias.device), speed)
 
 
 def _train_only(parts: Parts, frozen: frozenset[str]) -> None:

@@ -1,4 +1,4 @@
-"""The released models' configurations, read from `configs/model` without the configuration machinery."""
+"""The configurations of the released models and of `debug`, read from `configs/model` without the configuration machinery."""
 
 from pathlib import Path
 
@@ -10,6 +10,8 @@ ROOT = Path(__file__).parents[2]
 
 
 def released_config(name: str) -> ModelConfig:
+    """The model named flash, pro or debug."""
     raw = yaml.safe_load((ROOT / "configs" / "model" / f"{name}.yaml").read_text())
-    raw["rope_scaling"] = RopeScaling(**raw["rope_scaling"])
+    if "rope_scaling" in raw:
+        raw["rope_scaling"] = RopeScaling(**raw["rope_scaling"])
     return ModelConfig(**raw | {"compress_ratios": tuple(raw["compress_ratios"])})

@@ -43,7 +43,9 @@ SHAPES = {"experts": (2, 4, 6), "series": (6, 8), "wide": (5, 8), "tall": (9, 4)
 
 def tensors(seed: int, dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(seed)
-    return {name: torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for name, shape in SHAPES.items()}
+    return {
+        name: torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for name, shape in SHAPES.items()
+    }
 
 
 def check_against_oracle() -> None:

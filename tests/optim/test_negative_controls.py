@@ -60,7 +60,7 @@ def _decayed_vectors(patch: pytest.MonkeyPatch) -> None:
 def _coupled_decay(patch: pytest.MonkeyPatch) -> None:
     real = muon.update
 
-    def update(weights, directions, rates, config):  # noqa: ANN001, ANN202
+    def update(weights, directions, rates, config):
         real(weights, [d + 0.1 * w for d, w in zip(directions, weights, strict=True)], rates, config)
 
     patch.setattr(muon, "update", update)
@@ -69,7 +69,7 @@ def _coupled_decay(patch: pytest.MonkeyPatch) -> None:
 def _decay_without_rate(patch: pytest.MonkeyPatch) -> None:
     real = muon.update
 
-    def update(weights, directions, rates, config):  # noqa: ANN001, ANN202
+    def update(weights, directions, rates, config):
         real(weights, directions, rates, config)
         for weight in weights:
             weight.mul_(0.999)
@@ -116,7 +116,7 @@ def _no_bias_correction(patch: pytest.MonkeyPatch) -> None:
 def _swapped_betas(patch: pytest.MonkeyPatch) -> None:
     real = adamw.update
 
-    def update(weight, gradient, first, second, **kwargs):  # noqa: ANN001, ANN003, ANN202
+    def update(weight, gradient, first, second, **kwargs):
         return real(weight, gradient, first.mul_(1.01), second, **kwargs)
 
     patch.setattr(adamw, "update", update)

@@ -1,4 +1,4 @@
-"""The whole optimizer equals the float64 oracle; state returns bit for bit; frozen means untouched; clip and masters."""
+"""The optimizer equals the float64 oracle; state returns bit for bit; frozen is untouched; clip and masters."""
 
 import math
 

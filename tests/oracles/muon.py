@@ -1,4 +1,4 @@
-"""Oracle: Muon and AdamW for one matrix or vector in float64, written from the report's Algorithm 1 and nothing of ours."""
+"""Oracle: Muon and AdamW for one tensor in float64, from the report's Algorithm 1 and nothing of ours."""
 
 import math
 from dataclasses import dataclass, field

@@ -100,9 +100,6 @@ def test_the_released_recipes_are_cheap_to_plan_and_warm_up_for_2000_steps(recip
     assert plans[2000].tokens == config.rate.warmup_tokens
     assert plans[1999].rate == config.rate.peak
     assert plans[1998].rate < config.rate.peak
-    lines = schedule.describe(config).splitlines()
-    assert len(lines) > 8
-    assert str(len(plans) - 1) in lines[-1]
 
 
 def test_debug_runs_through_every_stage() -> None:
