@@ -7,6 +7,7 @@ Tensor names end in shape letters, one legend for the whole project; a letter st
     G output group O group channel S compressed block M position inside a block
     W window key  Z selected slot I indexer head     J indexer channel    K chosen expert, or key of a chunk
     E expert      F expert channel P token-expert pair, or flat token     L layer    V vocabulary    X matrix of a batch
+    U distinct pair of tokens
 
 | source             | in words                                     | function                                         |
 | ------------------ | -------------------------------------------- | ------------------------------------------------ |

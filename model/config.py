@@ -153,8 +153,6 @@ class ModelConfig:
             self.o_groups,
             f"a divisor of num_attention_heads={self.num_attention_heads}",
         )
-        dim = self.index_head_dim
-        require(dim & (dim - 1) == 0, "index_head_dim", dim, "a power of two (the Hadamard rotation before FP4)")
 
     def _check_experts(self) -> None:
         require(

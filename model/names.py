@@ -5,7 +5,7 @@
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Literal
@@ -129,16 +129,23 @@ def _is_overlapped(spec: TensorSpec, config: ModelConfig) -> bool:
 
 def config_from_released(folder: Path) -> ModelConfig:
     """The ModelConfig of a released config.json; an unknown key raises ValueError rather than being ignored."""
-    raw = json.loads((folder / "config.json").read_text())
+    path = folder / "config.json"
+    raw = json.loads(path.read_text())
+    _refuse_unknown(path, "", raw, ModelConfig, NOT_ARCHITECTURE)
     known = {field.name for field in fields(ModelConfig)}
-    unknown = sorted(set(raw) - known - NOT_ARCHITECTURE)
-    if unknown:
-        raise ValueError(f"{folder / 'config.json'}: {unknown[0]} = {raw[unknown[0]]!r}: expected a key of ModelConfig")
     values = {key: value for key, value in raw.items() if key in known}
     values["compress_ratios"] = tuple(values["compress_ratios"])
     if values.get("rope_scaling") is not None:
+        _refuse_unknown(path, "rope_scaling.", values["rope_scaling"], RopeScaling)
         values["rope_scaling"] = RopeScaling(**values["rope_scaling"])
     return ModelConfig(**values)
+
+
+def _refuse_unknown(
+    path: Path, prefix: str, raw: Mapping[str, object], of: type, ignored: frozenset[str] = frozenset()
+) -> None:
+    for key in sorted(set(raw) - {field.name for field in fields(of)} - ignored):
+        raise ValueError(f"{path}: {prefix}{key} = {raw[key]!r}: expected a key of {of.__name__}")
 
 
 def load_released(folder: str | Path, dtype: torch.dtype = torch.float32) -> Transformer:

@@ -207,7 +207,6 @@ def _write_files(
 
 def _publish(working: Path, target: Path, commit: bytes) -> None:
     """Gives the folder its name and commits it; on failure everything is as before."""
-    durable.sync(working)
     displaced = set_aside(target) if target.exists() else None
     try:
         working.rename(target)

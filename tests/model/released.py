@@ -1,4 +1,4 @@
-"""The configurations of the released models and of `debug`, read from `configs/model` without the configuration machinery."""
+"""The configurations of `configs/model`, released models and `debug`, read without the configuration machinery."""
 
 from pathlib import Path
 

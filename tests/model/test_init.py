@@ -68,7 +68,8 @@ def test_the_first_loss_is_that_of_a_uniform_guess(model: Transformer) -> None:
 
 
 def test_streams_start_almost_as_one_ordinary_residual(model: Transformer) -> None:
-    x_BTND = torch.randn(1, 8, 1, DEBUG.hidden_size).expand(-1, -1, 4, -1)
+    generator = torch.Generator().manual_seed(0)
+    x_BTND = torch.randn(1, 8, 1, DEBUG.hidden_size, generator=generator).expand(-1, -1, 4, -1)
     block = model.layers[0]
     pre, post, comb = block._mixes(x_BTND, block.hc_attn_fn, block.hc_attn_base, block.hc_attn_scale)
     # Specification 2: with base 0 and small gates A = 1/2, C = 1, comb = 1/4; but the mixes differ between streams.
@@ -81,7 +82,7 @@ def test_streams_start_almost_as_one_ordinary_residual(model: Transformer) -> No
 
 def test_values_depend_on_seed_and_name_alone(model: Transformer) -> None:
     mine = tensors(model)
-    again, shallower = tensors(initialized()), tensors(initialized(num_hidden_layers=2, compress_ratios=(0, 4, 0)))
+    again, shallower = tensors(initialized()), tensors(initialized(num_hidden_layers=1, compress_ratios=(0, 0)))
     assert all(torch.equal(value, again[name]) for name, value in mine.items())
     assert all(torch.equal(value, mine[name]) for name, value in shallower.items())
     other = tensors(initialized(seed=1))
@@ -101,7 +102,7 @@ def test_other_precisions_are_roundings_of_fp32(model: Transformer) -> None:
 def test_std_and_scale_are_configuration() -> None:
     model = Transformer(DEBUG)
     initialize(model, InitConfig(std=0.02, hc_scale=0.5), 0)
-    assert float(model.head.weight.std()) == pytest.approx(0.02, rel=0.02)
+    assert float(model.head.weight.detach().std()) == pytest.approx(0.02, rel=0.02)
     assert model.layers[0].hc_attn_scale.eq(0.5).all()
     with pytest.raises(ValueError, match=r"std = 0\.0: expected"):
         InitConfig(std=0.0)

@@ -1,4 +1,4 @@
-"""Proves that the map and the legend of `model/__init__.py` hold: named functions exist, shape letters are explained."""
+"""Proves that map and legend of `model/__init__.py` hold: the named functions exist, shape letters are explained."""
 
 import ast
 import importlib
@@ -84,12 +84,9 @@ def test_every_shape_letter_is_in_the_legend(package: str) -> None:
     assert not unknown
 
 
-def test_the_legend_explains_each_letter_once_and_none_in_vain() -> None:
-    explained = legend()
-    assert len(explained) == len(set(explained))
-    assert len(explained) >= 20
-    used = set().union(*(letters(package) for package in PACKAGES))
-    assert not set(explained) - used
+def test_the_legend_explains_each_letter_once() -> None:
+    assert len(legend()) == len(set(legend()))
+    assert len(legend()) >= 20
 
 
 def test_shape_suffixes_are_found(tmp_path: Path) -> None:

@@ -6,7 +6,6 @@ one line that names the tensor or the key.
 
 import json
 import shutil
-from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -86,14 +85,14 @@ def test_the_number_of_parameters_is_the_counted_one(config: ModelConfig) -> Non
     assert sum(buffer.numel() for buffer in model.buffers()) == parameters(config).buffers
 
 
-def test_logical_matrices_are_those_of_the_specification() -> None:
-    config = released_config("debug")  # layer 1 is CSA, layer 2 HCA
+def test_logical_matrices_are_those_of_the_specification(tmp_path: Path) -> None:
+    write_released(tmp_path, *random_case(0, compress_ratios=[0, 4, 8, 0]))
+    config = config_from_released(tmp_path)
     members = {member.name: member for member in logical_tensors(config)}
-    E, F, D, N = config.n_routed_experts, config.moe_intermediate_size, config.hidden_size, config.hc_mult
-    expert = members["layers.3.ffn.experts.5.w1.weight"]
-    assert (expert.parameter, expert.start, expert.stop) == ("layers.3.ffn.experts.w1", 5, 6)
+    N, width = config.hc_mult, config.o_lora_rank
+    expert = members["layers.2.ffn.experts.5.w1.weight"]
+    assert (expert.parameter, expert.start, expert.stop) == ("layers.2.ffn.experts.w1", 5, 6)
     group = members["layers.2.attn.wo_a.weight.group1"]
-    width = config.o_lora_rank
     assert (group.parameter, group.start, group.stop) == ("layers.2.attn.wo_a.weight", width, 2 * width)
     mixes = [members[f"layers.2.hc_attn_fn.{part}"] for part in ("pre", "post", "comb")]
     assert [(m.start, m.stop) for m in mixes] == [(0, N), (N, 2 * N), (2 * N, 2 * N + N * N)]
@@ -101,16 +100,20 @@ def test_logical_matrices_are_those_of_the_specification() -> None:
         halves = [members[f"layers.1.{prefix}.wgate.weight.{part}"] for part in ("previous", "current")]
         assert [(m.start, m.stop) for m in halves] == [(0, channels), (channels, 2 * channels)]
     assert members["layers.2.attn.compressor.wkv.weight"].stop == config.head_dim, "HCA has one series"
-    kinds = Counter(member.kind for member in members.values())
-    assert kinds["table"] == 2
-    assert {name for name, member in members.items() if member.kind == "table"} == {"embed.weight", "head.weight"}
-    vectors = {name.split(".")[-1] for name, member in members.items() if member.kind == "vector"}
-    assert vectors == {"weight", "attn_sink", "ape"} | {
-        f"hc_{site}_{part}" for site in ("attn", "ffn", "head") for part in ("base", "scale")
-    }
-    assert members["layers.0.ffn.experts.0.w1.weight"].kind == "matrix"
-    shape = dict(Transformer(config).named_parameters())["layers.0.ffn.experts.w1"].shape
-    assert shape == (E, F, D)
+
+
+def test_kinds_are_those_of_the_specification() -> None:
+    """AdamW: tables (embedding, head) and vectors (norms, sinks, ape, static mHC); Muon: all other matrices."""
+    members = list(logical_tensors(released_config("debug")))
+    assert {member.name for member in members if member.kind == "table"} == {"embed.weight", "head.weight"}
+    vectors = {member.name.split(".")[-1] for member in members if member.kind == "vector"}
+    static = {f"hc_{site}_{part}" for site in ("attn", "ffn", "head") for part in ("base", "scale")}
+    assert vectors == {"weight", "attn_sink", "ape"} | static
+    norms = [member.name for member in members if member.kind == "vector" and member.name.endswith(".weight")]
+    assert norms
+    assert all(name.endswith("norm.weight") for name in norms)
+    matrices = {member.name.split(".")[-1] for member in members if member.kind == "matrix"}
+    assert matrices == {"weight", "pre", "post", "comb", "previous", "current", "group0", "group1", "hc_head_fn"}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
