@@ -16,6 +16,9 @@ from model.layers import fp32_product, island_dtype
 GUARD = 1e-20
 """Added to the sum of the chosen scores, as in the released training kernels."""
 
+LEAST_LOGIT = -80.0
+"""Lower logits count as this one, of score 4e-18: below -104 softplus is 0 in fp32, and the root's slope there NaN."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Route:
@@ -28,7 +31,7 @@ class Route:
 
 def scores(logit_BTE: Tensor) -> Tensor:
     """s = sqrt(softplus(l)); softplus is the identity above 20."""
-    return F.softplus(logit_BTE).sqrt()
+    return F.softplus(logit_BTE.clamp_min(LEAST_LOGIT)).sqrt()
 
 
 def route(score_BTE: Tensor, expert_BTK: Tensor, scaling: float) -> Tensor:

@@ -108,6 +108,7 @@ class TrainConfig:
     sample: SampleConfig = field(default_factory=SampleConfig)
 
     def __post_init__(self) -> None:
+        require(0 <= self.seed < 2**63, "seed", self.seed, "between 0 and 2^63 - 1")
         require(self.threads > 0, "threads", self.threads, "a positive number of threads")
         self._check_rows()
         self._check_vocabulary()

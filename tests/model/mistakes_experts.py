@@ -3,7 +3,9 @@
 from tests.model.mistakes import mistake
 
 ROUTER = {
-    "sigmoid scores": mistake("router.scores", ("F.softplus(logit_BTE).sqrt()", "torch.sigmoid(logit_BTE)")),
+    "sigmoid scores": mistake(
+        "router.scores", ("F.softplus(logit_BTE.clamp_min(LEAST_LOGIT)).sqrt()", "torch.sigmoid(logit_BTE)")
+    ),
     "scores without the root": mistake("router.scores", (".sqrt()", "")),
     "routing weights with the bias": mistake(
         "router.Gate.forward",

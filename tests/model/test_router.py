@@ -44,10 +44,15 @@ def test_scores_at_known_points() -> None:
     )
 
 
-def test_scores_have_a_finite_gradient_far_below_zero() -> None:
-    logit = torch.tensor([-10.0, -40.0, -80.0, -100.0], requires_grad=True)
-    router.scores(logit).sum().backward()
-    assert logit.grad.isfinite().all()
+@pytest.mark.parametrize("lowest", [-40.0, -100.0, -105.0, -1e4])
+def test_a_logit_far_below_zero_gives_no_nan(lowest: float) -> None:
+    logit_BTE = torch.tensor([[[lowest, 0.3, lowest]]], requires_grad=True)
+    score_BTE = router.scores(logit_BTE)
+    weight_BTK = router.route(score_BTE, torch.tensor([[[0, 2]]]), 1.5)
+    (weight_BTK.sum() + balance_sum(score_BTE, torch.zeros(1, 1, dtype=torch.int64), 1)).backward()
+    assert weight_BTK.isfinite().all()
+    assert logit_BTE.grad.isfinite().all()
+    assert float(score_BTE[0, 0, 0].detach()) == pytest.approx(math.exp(max(lowest, -80) / 2), rel=1e-5)
 
 
 def test_a_learned_layer_chooses_by_score_and_bias_and_weighs_by_score(model: Transformer) -> None:
