@@ -3,6 +3,7 @@
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -68,11 +69,12 @@ def train(
         return _resume(config, found, session)
     device = settle(config)
     data = read_data(config, session.say)
+    # Before the folder: what is wrong with the optimizer's groups shows here, and then nothing has been created.
+    built = build(config, data, device)
     facts = _facts(config, str(device), data.fingerprint)
     made = folder.create(Path(config.runs_dir), config.name, asdict(config), overrides, facts, provenance.commit())
     session.say(f"run {made.path} on {device}, {config.precision.dtype}, {config.threads} threads")
     try:
-        built = build(config, data, device)
         session.say(built.parts.optimizer.table())
         return _run(built, made, facts, None, session)
     finally:
@@ -126,9 +128,8 @@ def _run(built: Built, run_folder: RunFolder, facts: Mapping[str, Any], loaded: 
     run_folder.begin("resume" if loaded else "start", first_step, provenance.versions())
     stop, done = Stop(), first_step
     try:
-        with on_signals(stop):
+        with on_signals(stop), closing(outlets.writer):
             done = run_steps(built, outlets, held_out, first_step, stop, session.stop_at)
-            outlets.writer.close()
     except BaseException as error:
         run_folder.end(f"{type(error).__name__}: {error}", done)
         if isinstance(error, TRAINING_FAILURES):
