@@ -4,8 +4,8 @@
 
 One row of one document through a CSA and an HCA layer of configs/model/NAME.yaml, fp32 on a CPU. "kept" is what the
 forward pass leaves alive for the backward pass (its output included), "peak" the most that is alive after any operation
-of both, beyond weights, input and their gradients. "T x S scores" is one fp32 score per head, token and block: what an
-attention that forms them whole would add for the blocks alone.
+of both; the input, the weights and their gradients are not counted. "T x S scores" is one fp32 score per head, token
+and block: what an attention that forms them whole would add for the blocks alone.
 """
 
 import argparse

@@ -17,8 +17,8 @@ def heading(module: str, shapes: str) -> str:
     threads = os.environ.get("OMP_NUM_THREADS", "not set")
     return "\n".join(
         [
-            f"command   OMP_NUM_THREADS={threads} python -m {module} {shlex.join(sys.argv[1:])}".rstrip(),
-            f"device    {facts['device_name']}, {os.cpu_count()} cores, {facts['cpu_capability']}, {platform.machine()}",
+            f"command   OMP_NUM_THREADS={threads} .venv/bin/python -m {module} {shlex.join(sys.argv[1:])}".rstrip(),
+            f"device    {facts['device_name']}, {os.cpu_count()} cores, {platform.machine()} {facts['cpu_capability']}",
             f"versions  python {facts['python']}, torch {facts['torch']}, numpy {facts['numpy']}, keel {facts['keel']}",
             f"load      {os.getloadavg()[0]:.1f} at the end (processes that wanted a core, this one among them)",
             f"shapes    {shapes}",

@@ -5,10 +5,10 @@ The Hadamard rotation before FP4 cancels in the product of unquantised q and k, 
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from model.attend import Chunk
 from model.compressor import Compressor
@@ -72,7 +72,7 @@ def select(index: Index, topk: int, parts: tuple[Chunk, ...]) -> Tensor:
 
 
 def _chunk_scores(index: Index, chunk: Chunk) -> Tensor:
-    return scores(index.q_BTIJ[:, chunk.rows], index.k_BSJ[:, : chunk.entries], index.w_BTI[:, chunk.rows])
+    return scores(*_chunk_inputs(index.q_BTIJ, index.k_BSJ, index.w_BTI, chunk))
 
 
 def _top(score_BQS: Tensor, chunk: Chunk, count: int) -> Tensor:
@@ -89,22 +89,45 @@ def kl_sum(index: Index, target: Target, parts: tuple[Chunk, ...], counted_BT: T
     normalised over the slots of `parts`: all visible ones in the dense stages, the selected ones in the sparse stage.
     Memory: linear in T; the scores of a chunk are computed again in the backward pass.
     """
-    total = index.w_BTI.new_zeros(())
-    for chunk in parts:
-        if chunk.entries == 0:
-            continue
-        total = total + checkpoint(
-            _chunk_kl,
-            index.q_BTIJ[:, chunk.rows],
-            index.k_BSJ[:, : chunk.entries],
-            index.w_BTI[:, chunk.rows],
-            target,
-            chunk,
-            counted_BT[:, chunk.rows],
-            use_reentrant=False,
-            preserve_rng_state=False,
-        )
-    return total
+    return _KlSum.apply(index.q_BTIJ, index.k_BSJ, index.w_BTI, target, parts, counted_BT)
+
+
+class _KlSum(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q_BTIJ: Tensor,
+        k_BSJ: Tensor,
+        w_BTI: Tensor,
+        target: Target,
+        parts: tuple[Chunk, ...],
+        counted_BT: Tensor,
+    ) -> Tensor:
+        ctx.save_for_backward(q_BTIJ, k_BSJ, w_BTI, counted_BT)
+        ctx.target, ctx.parts = target, tuple(chunk for chunk in parts if chunk.entries)
+        total = w_BTI.new_zeros(())
+        for chunk in ctx.parts:
+            inputs = _chunk_inputs(q_BTIJ, k_BSJ, w_BTI, chunk)
+            total = total + _chunk_kl(*inputs, target, chunk, counted_BT[:, chunk.rows])
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        q_BTIJ, k_BSJ, w_BTI, counted_BT = ctx.saved_tensors
+        grads = [torch.zeros_like(x) for x in (q_BTIJ, k_BSJ, w_BTI)]
+        for chunk in ctx.parts:
+            inputs = [x.detach().requires_grad_() for x in _chunk_inputs(q_BTIJ, k_BSJ, w_BTI, chunk)]
+            with torch.enable_grad():
+                divergence = _chunk_kl(*inputs, ctx.target, chunk, counted_BT[:, chunk.rows])
+            parts = torch.autograd.grad(divergence, inputs, grad)
+            for whole, part in zip(_chunk_inputs(*grads, chunk), parts, strict=True):
+                whole += part
+        return *grads, None, None, None
+
+
+def _chunk_inputs(q_BTIJ: Tensor, k_BSJ: Tensor, w_BTI: Tensor, chunk: Chunk) -> tuple[Tensor, Tensor, Tensor]:
+    """Views of what one chunk works on: its queries, the keys it may see, its head weights."""
+    return q_BTIJ[:, chunk.rows], k_BSJ[:, : chunk.entries], w_BTI[:, chunk.rows]
 
 
 def _chunk_kl(q_BQIJ: Tensor, k_BSJ: Tensor, w_BQI: Tensor, target: Target, chunk: Chunk, counted_BQ: Tensor) -> Tensor:

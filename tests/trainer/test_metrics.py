@@ -1,0 +1,95 @@
+"""Proves that each metric is the ratio its table says, whatever the order of the rows, and that the table has its name."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+from model.losses import TermCounts
+from trainer import metrics
+from trainer.row import RowSums
+
+COUNTS = TermCounts(lm=20, mtp=10, tokens=30, mtp_tokens=25, indexer=15)
+
+
+def make_row(scale: float, loads: list[list[int]]) -> RowSums:
+    """Three layers (hash-routed with an indexer, learned, the MTP block)."""
+    return RowSums(
+        lm=40.0 * scale,
+        mtp=30.0 * scale,
+        balance_L=(None, 33.0 * scale, 27.0 * scale),
+        indexer_L=(6.0 * scale, None, None),
+        load_LE=torch.tensor(loads),
+        entropy_L=(90.0 * scale, 30.0 * scale, 60.0 * scale),
+        recall=(int(8 * scale), int(16 * scale)),
+    )
+
+
+ROWS = [make_row(0.25, [[9, 0], [3, 1], [2, 2]]), make_row(0.75, [[0, 9], [5, 1], [0, 4]])]
+
+
+def test_losses_are_sums_over_counts_and_means_over_layers() -> None:
+    assert metrics.losses(ROWS, COUNTS) == {
+        "loss/lm": 40 / 20,
+        "loss/mtp": 30 / 10,
+        "loss/balance": (33 + 27) / 2 / 30,
+        "loss/indexer": 6 / 15,
+    }
+
+
+def test_routing_is_of_the_learned_layers() -> None:
+    found = metrics.routing(ROWS, COUNTS)
+    assert found["router/load_max_ratio"] == (8 / 5 + 6 / 4) / 2
+    assert found["router/entropy_nats"] == (30 + 60) / (30 * 2)
+
+
+def test_validation_counts_bits_over_the_bytes_of_all_targets() -> None:
+    found = metrics.validation(ROWS, COUNTS, num_bytes=50)
+    assert found == {
+        "validation/loss": 2.0,
+        "validation/bits_per_byte": 40 / math.log(2) / 50,
+        "validation/mtp_loss": 3.0,
+        "validation/load_max_ratio": metrics.routing(ROWS, COUNTS)["router/load_max_ratio"],
+        "indexer/kl_nats": 0.4,
+        "indexer/recall": 0.5,
+    }
+
+
+def test_what_a_stage_does_not_have_is_left_out() -> None:
+    """Dense attention: no indexer. All layers hash-routed: no balance. No MTP target in the step."""
+    plain = [replace(row, indexer_L=(None,) * 3, balance_L=(None,) * 3, recall=(0, 0)) for row in ROWS]
+    counts = replace(COUNTS, mtp=0)
+    assert metrics.losses(plain, counts).keys() == {"loss/lm"}
+    assert metrics.routing(plain, counts) == {}
+    assert metrics.validation(plain, counts, 50).keys() == {"validation/loss", "validation/bits_per_byte"}
+
+
+def test_no_counts_are_no_division_by_zero() -> None:
+    silent = [replace(make_row(0.0, [[0, 0]] * 3), recall=(0, 0))]
+    found = metrics.losses(silent, TermCounts()) | metrics.routing(silent, TermCounts())
+    found |= metrics.validation(silent, TermCounts(), 0)
+    assert set(found.values()) == {0.0}
+
+
+def test_the_order_of_rows_changes_no_bit() -> None:
+    """With numbers whose plain sum depends on the order."""
+    numbers = [0.1, 1e16, 0.2, -1e16, 0.3]
+    assert sum(numbers) != sum(reversed(numbers))
+    rows = [replace(ROWS[0], lm=n, balance_L=(None, n, 1.0), indexer_L=(n, None, None)) for n in numbers]
+    assert metrics.losses(rows, COUNTS) == metrics.losses(rows[::-1], COUNTS)
+    assert metrics.losses(rows, COUNTS)["loss/lm"] == math.fsum(numbers) / 20
+
+
+def test_every_name_is_in_the_table() -> None:
+    made = metrics.losses(ROWS, COUNTS) | metrics.routing(ROWS, COUNTS) | metrics.validation(ROWS, COUNTS, 1)
+    assert all(metrics.is_known(name) for name in made)
+    assert metrics.is_known("optim/update_rms/experts")
+    assert not metrics.is_known("loss/lmm")
+    assert all(text for text in metrics.METRICS.values())
+
+
+@pytest.mark.parametrize("prefix", ["loss/", "validation/", "indexer/", "router/"])
+def test_every_area_of_the_table_is_made_here(prefix: str) -> None:
+    made = metrics.losses(ROWS, COUNTS) | metrics.routing(ROWS, COUNTS) | metrics.validation(ROWS, COUNTS, 1)
+    assert {name for name in metrics.METRICS if name.startswith(prefix)} <= made.keys()
