@@ -1,4 +1,4 @@
-"""Proves that each metric is the ratio its table says, whatever the order of the rows, and that the table has its name."""
+"""Proves that each metric is the ratio its table says, whatever the order of the rows; each name is in the table."""
 
 import math
 from dataclasses import replace
