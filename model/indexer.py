@@ -114,15 +114,15 @@ class _KlSum(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         q_BTIJ, k_BSJ, w_BTI, counted_BT = ctx.saved_tensors
-        grads = [torch.zeros_like(x) for x in (q_BTIJ, k_BSJ, w_BTI)]
+        grad_q, grad_k, grad_w = torch.zeros_like(q_BTIJ), torch.zeros_like(k_BSJ), torch.zeros_like(w_BTI)
         for chunk in ctx.parts:
-            inputs = [x.detach().requires_grad_() for x in _chunk_inputs(q_BTIJ, k_BSJ, w_BTI, chunk)]
+            q, k, w = (x.detach().requires_grad_() for x in _chunk_inputs(q_BTIJ, k_BSJ, w_BTI, chunk))
             with torch.enable_grad():
-                divergence = _chunk_kl(*inputs, ctx.target, chunk, counted_BT[:, chunk.rows])
-            parts = torch.autograd.grad(divergence, inputs, grad)
-            for whole, part in zip(_chunk_inputs(*grads, chunk), parts, strict=True):
+                divergence = _chunk_kl(q, k, w, ctx.target, chunk, counted_BT[:, chunk.rows])
+            parts = torch.autograd.grad(divergence, (q, k, w), grad)
+            for whole, part in zip(_chunk_inputs(grad_q, grad_k, grad_w, chunk), parts, strict=True):
                 whole += part
-        return *grads, None, None, None
+        return grad_q, grad_k, grad_w, None, None, None
 
 
 def _chunk_inputs(q_BTIJ: Tensor, k_BSJ: Tensor, w_BTI: Tensor, chunk: Chunk) -> tuple[Tensor, Tensor, Tensor]:

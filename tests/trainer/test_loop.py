@@ -1,0 +1,119 @@
+"""Proves when the loop measures, saves and stops, and that metrics are on the disk before a checkpoint that needs them."""
+
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from trainer import loop
+from trainer.config import CheckpointConfig, ValidationConfig
+from trainer.loop import Outlets, run_steps
+from trainer.stop import Stop
+
+STEPS = 10
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Diary:
+    """Every outlet of a loop at once: notes what is asked of it, in order."""
+
+    notes: list[tuple[str, Any]] = field(default_factory=list)
+
+    def append_metrics(self, row: dict[str, Any]) -> None:
+        self.notes.append(("row", row["step"]))
+
+    def sync_metrics(self) -> None:
+        self.notes.append(("sync", None))
+
+    def submit(self, step: int, tensors: object, state: dict[str, Any]) -> None:
+        assert state == {"step": step, "facts": {"torch": "x"}}
+        self.notes.append(("save", step))
+
+    def log(self, step: int, row: dict[str, Any]) -> None:
+        self.notes.append(("log", step))
+
+    def step(self, row: dict[str, Any]) -> None:
+        self.notes.append(("shown", row["step"]))
+
+    def measure(self, pool: object, mode: str) -> dict[str, float]:
+        self.notes.append(("measure", mode))
+        return {"validation/loss": 1.0}
+
+    def of(self, *kinds: str) -> list[Any]:
+        """What was noted under these kinds."""
+        return [value for kind, value in self.notes if kind in kinds]
+
+
+def run(
+    monkeypatch: pytest.MonkeyPatch, *, first: int = 0, stop_at: int = 99, stop_after: int = 99, cut_at: int = 99
+) -> tuple[Diary, int]:
+    """A loop of ten empty steps. stop_after: a signal comes in that step; cut_at: that step is interrupted."""
+    diary, stop = Diary(), Stop()
+
+    def take(parts: object, plan: SimpleNamespace, stopped: Stop) -> SimpleNamespace | None:
+        if plan.step == cut_at:
+            stop.reason = "SIGTERM"
+            return None
+        if plan.step + 1 == stop_after:
+            stop.reason = "SIGTERM"
+        return SimpleNamespace()
+
+    monkeypatch.setattr(loop, "train_step", take)
+    monkeypatch.setattr(loop, "_row", lambda plan, result, seconds, run_s: {"step": plan.step + 1})
+    built = SimpleNamespace(
+        plans=[SimpleNamespace(step=step, attention="dense") for step in range(STEPS)],
+        parts=SimpleNamespace(pool=None),
+        config=SimpleNamespace(validation=ValidationConfig(every_steps=4), checkpoint=CheckpointConfig(every_steps=3)),
+        tensors=dict,
+    )
+    outlets = Outlets(folder=diary, writer=diary, tracker=diary, progress=diary, facts={"torch": "x"})
+    return diary, run_steps(built, outlets, diary, first, stop, stop_at)
+
+
+def test_a_whole_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    diary, done = run(monkeypatch)
+    assert done == STEPS
+    assert diary.of("row") == diary.of("log") == diary.of("shown") == list(range(1, 11))
+    assert diary.of("save") == [3, 6, 9, 10]
+    assert len(diary.of("measure")) == 3, "after steps 4, 8 and the last"
+
+
+def test_metrics_are_synced_before_each_save(monkeypatch: pytest.MonkeyPatch) -> None:
+    notes = run(monkeypatch)[0].notes
+    for number, note in enumerate(notes):
+        if note[0] == "save":
+            assert notes[number - 1] == ("sync", None)
+            assert ("row", note[1]) in notes[:number]
+            assert ("row", note[1] + 1) not in notes[:number]
+
+
+@pytest.mark.parametrize(
+    ("options", "done", "saves"),
+    [
+        ({"stop_at": 4}, 4, [3, 4]),
+        ({"stop_at": 6}, 6, [3, 6]),
+        ({"stop_at": 0}, 0, []),
+        ({"stop_after": 5}, 5, [3, 5]),
+        ({"stop_after": 6}, 6, [3, 6]),
+        ({"cut_at": 5}, 5, [3, 5]),
+        ({"cut_at": 6}, 6, [3, 6]),
+        ({"cut_at": 0}, 0, []),
+        ({"first": 7}, 10, [9, 10]),
+        ({"first": 10}, 10, []),
+        ({"first": 6, "cut_at": 6}, 6, []),
+    ],
+)
+def test_a_stop_saves_what_is_new_once(
+    monkeypatch: pytest.MonkeyPatch, options: dict[str, int], done: int, saves: list[int]
+) -> None:
+    diary, found = run(monkeypatch, **options)
+    assert found == done
+    assert diary.of("save") == saves
+    assert diary.of("row") == list(range(options.get("first", 0) + 1, done + 1))
+
+
+def test_a_name_that_is_not_in_the_table_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(AssertionError, match="loss/lmm"):
+        monkeypatch.setattr(Diary, "measure", lambda self, pool, mode: {"loss/lmm": 1.0})
+        run(monkeypatch)
