@@ -1,4 +1,4 @@
-"""Proves when the loop measures, saves and stops, and that metrics are on the disk before a checkpoint that needs them."""
+"""Proves when the loop measures, saves and stops, and that metrics reach the disk before their checkpoint."""
 
 from dataclasses import dataclass, field
 from types import SimpleNamespace
@@ -114,6 +114,6 @@ def test_a_stop_saves_what_is_new_once(
 
 
 def test_a_name_that_is_not_in_the_table_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Diary, "measure", lambda self, pool, mode: {"loss/lmm": 1.0})
     with pytest.raises(AssertionError, match="loss/lmm"):
-        monkeypatch.setattr(Diary, "measure", lambda self, pool, mode: {"loss/lmm": 1.0})
         run(monkeypatch)

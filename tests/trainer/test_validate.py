@@ -1,7 +1,6 @@
-"""Proves that the held-out loss is measured on validation rows, changes nothing, and that its bar is fitted on training."""
+"""Proves that the held-out loss is measured on validation rows, changes nothing, and has its bar from training."""
 
 import math
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
