@@ -166,7 +166,7 @@ def test_python_examples_run(path: Path, tmp_path: Path, monkeypatch: pytest.Mon
     run = tmp_path / "runs" / "debug-7f3a"
     run.mkdir(parents=True)
     (run / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2, "validation/loss": 3.5}\n')
-    checkpoint.save(run / "checkpoints", 96, {"model/embed.weight": torch.ones(2), "optimizer/x": torch.ones(1)}, {})
+    checkpoint.save(run / "checkpoints", 72, {"model/embed.weight": torch.ones(2), "optimizer/x": torch.ones(1)}, {})
     (tmp_path / "tests").symlink_to(ROOT / "tests")
     monkeypatch.chdir(tmp_path)
     for language, code in FENCE.findall(path.read_text(encoding="utf-8")):

@@ -47,7 +47,7 @@ def run_steps(built: Built, outlets: Outlets, held_out: HeldOut, first_step: int
         if done % built.config.validation.every_steps == 0 or done == len(built.plans):
             row |= held_out.measure(built.parts.pool, plan.attention)
         _emit(outlets, row)
-        if done % built.config.checkpoint.every_steps == 0 and done < last:
+        if done % built.config.checkpoint.every_steps == 0:
             save(built, outlets, done)
             saved = done
     if done > saved:
