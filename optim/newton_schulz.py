@@ -1,29 +1,74 @@
-"""Hybrid Newton-Schulz: the nearest (semi-)orthogonal matrix of a batch of matrices (R Algorithm 1; spec 5.2)."""
+"""Hybrid Newton-Schulz: the nearest semi-orthogonal matrix, by matrix products alone.
+
+Source: R Algorithm 1 (spec 5.2). X is the batch of matrices, R their rows, C their columns.
+
+Same bits in any batch: a product's bits may change with the alignment and strides of its operands and with the sizes
+by which the library chooses its loops. Every matrix is therefore copied into zeros whose rows and columns are multiples
+of ALIGNMENT, so that each begins on a 64-byte border; padding stays zero, and zeros add nothing to the rest. In fp64
+the library also splits the sums of small products among threads, but not inside a batch: fp64 matrices are multiplied
+one by one. Without either, 6 of 29 shapes had other fp64 bits in a batch of two than alone (MKL 2024.2, AVX2).
+"""
 
 import torch
 from torch import Tensor
 
 FAST = (3.4445, -4.7750, 2.0315)
-"""Coefficients of steps 1-8: quick growth of small singular values."""
+"""Coefficients (a, b, c) of the first eight iterations: small singular values grow fast, none settles."""
 EXACT = (2.0, -1.5, 0.5)
-"""Coefficients of steps 9-10: convergence to 1."""
+"""Coefficients of the last two: singular values near 1 converge to 1."""
 COEFFICIENTS = (FAST,) * 8 + (EXACT,) * 2
+ALIGNMENT = 16
+"""Elements: 64 bytes in fp32, 128 in fp64."""
 
 
 def orthogonalize(y_XRC: Tensor) -> Tensor:
-    """U V^T of each matrix U S V^T of a batch [X, R, C], singular values within [0.99, 1.01] of 1; zero stays zero.
+    """Replace every matrix Y = U S V^T of the batch by U V^T, approximately.
 
-    Math: X = Y / ||Y||_F, then ten times X <- a X + b (X X^T) X + c (X X^T)^2 X. Tall matrices are transposed first, so
-    that X X^T is the smaller of the two squares. Compute: in at least fp32. A matrix's result has the same bits in a
-    batch of any size, because every product is one batched product of the same shape per matrix.
+    Source: R Algorithm 1.
+    Math: X = Y / |Y|_F, then ten times X <- a X + b (X X^T) X + c (X X^T)^2 X; in fp32 singular values end within
+        [0.99, 1.01] for condition numbers up to 1000. Tall matrices are transposed first: X X^T is the smaller square.
+    Shapes: [X, R, C], any float type; the result has the same shape, in at least fp32.
+    Compute: in at least fp32; fp64 stays fp64.
+    Guard: a matrix of zeros gives zeros. A matrix is divided by its largest element before its norm is taken: squares
+        below 1e-45 vanish in fp32, and the momentum of an expert without tokens gets there within a thousand steps.
     """
-    tall = y_XRC.shape[-2] > y_XRC.shape[-1]
-    x = y_XRC.to(torch.promote_types(y_XRC.dtype, torch.float32))
-    x = x.transpose(-2, -1).contiguous() if tall else x
-    norm_X11 = torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True)
-    x = x / norm_X11.clamp_min(torch.finfo(x.dtype).tiny)
+    rows, columns = y_XRC.shape[1:]
+    tall = rows > columns
+    x_XRC = _normalized(y_XRC.mT if tall else y_XRC)
+    if x_XRC.dtype == torch.float64:
+        o_XRC = torch.cat([_iterate(x_1RC) for x_1RC in x_XRC.split(1)])
+    else:
+        o_XRC = _iterate(x_XRC)
+    return (o_XRC.mT if tall else o_XRC)[:, :rows, :columns]
+
+
+def _normalized(y_XRC: Tensor) -> Tensor:
+    """Padded copies with a Frobenius norm of 1, or 0, in at least fp32."""
+    count, rows, columns = y_XRC.shape
+    dtype = torch.promote_types(y_XRC.dtype, torch.float32)
+    x_XRC = torch.zeros(count, _padded(rows), _padded(columns), dtype=dtype, device=y_XRC.device)
+    x_XRC[:, :rows, :columns] = y_XRC
+    _divide(x_XRC, x_XRC.abs().amax(dim=(1, 2), keepdim=True))
+    # Two sums: a single sum over rows and columns is split among threads when the batch is one matrix.
+    _divide(x_XRC, x_XRC.square().sum(dim=2, keepdim=True).sum(dim=1, keepdim=True).sqrt_())
+    return x_XRC
+
+
+def _divide(x_XRC: Tensor, divisor_X11: Tensor) -> None:
+    x_XRC.div_(divisor_X11.masked_fill_(divisor_X11 == 0, 1))
+
+
+def _padded(length: int) -> int:
+    return -(-length // ALIGNMENT) * ALIGNMENT
+
+
+def _iterate(x_XRC: Tensor) -> Tensor:
+    gram_XRR = x_XRC.new_empty(x_XRC.shape[0], x_XRC.shape[1], x_XRC.shape[1])
+    factor_XRR = torch.empty_like(gram_XRR)
+    next_XRC = torch.empty_like(x_XRC)
     for a, b, c in COEFFICIENTS:
-        square = torch.bmm(x, x.transpose(-2, -1))
-        polynomial = torch.baddbmm(square, square, square, beta=b, alpha=c)
-        x = torch.baddbmm(x, polynomial, x, beta=a)
-    return x.transpose(-2, -1) if tall else x
+        torch.bmm(x_XRC, x_XRC.mT, out=gram_XRR)
+        torch.baddbmm(gram_XRR, gram_XRR, gram_XRR, beta=b, alpha=c, out=factor_XRR)
+        torch.baddbmm(x_XRC, factor_XRR, x_XRC, beta=a, out=next_XRC)
+        x_XRC, next_XRC = next_XRC, x_XRC
+    return x_XRC

@@ -57,14 +57,15 @@ def batch_rows(config: ScheduleConfig, tokens: int) -> int:
 def rate(config: ScheduleConfig, tokens: int) -> float:
     """Learning rate once `tokens` are seen: linear warm-up from 0, constant, cosine to `final` at total_tokens.
 
-    A step uses the rate at the tokens seen after it, so that the first is above 0 and the last is `final`.
+    A step uses the rate at the tokens seen after it, so that the first is above 0 and the last is `final`; where the
+    decay would start with the end, it is `peak`.
     """
-    of = config.rate
+    of, tokens = config.rate, min(tokens, config.total_tokens)
     if tokens < of.warmup_tokens:
         return of.peak * tokens / of.warmup_tokens
     if tokens <= of.decay_start_tokens:
         return of.peak
-    done = min(1.0, (tokens - of.decay_start_tokens) / (config.total_tokens - of.decay_start_tokens))
+    done = (tokens - of.decay_start_tokens) / (config.total_tokens - of.decay_start_tokens)
     return of.final + (of.peak - of.final) * 0.5 * (1 + math.cos(math.pi * done))
 
 

@@ -39,12 +39,23 @@ def test_agrees_with_the_oracle_and_the_polar_factor(rows: int, columns: int) ->
     assert result.dtype == torch.float64
 
 
-@pytest.mark.parametrize(("rows", "columns"), SHAPES)
-def test_bits_do_not_depend_on_the_batch(rows: int, columns: int) -> None:
-    batch = matrices(7, rows, columns).float()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(("rows", "columns"), [*SHAPES, (3, 5), (13, 17), (17, 13), (31, 65), (16, 512), (33, 100)])
+def test_bits_do_not_depend_on_the_batch(rows: int, columns: int, dtype: torch.dtype) -> None:
+    """In batches of any size, from any place of a larger tensor, and from transposed storage."""
+    batch = matrices(7, rows, columns).to(dtype)
     alone = torch.cat([orthogonalize(batch[i : i + 1]) for i in range(7)])
     for size in (2, 3, 7):
-        assert torch.equal(orthogonalize(batch[:size]), alone[:size])
+        for first in (0, 1):
+            assert torch.equal(torch.cat([orthogonalize(part) for part in batch[first:].split(size)]), alone[first:])
+    assert torch.equal(orthogonalize(batch.mT.contiguous().mT), alone)
+
+
+@pytest.mark.parametrize("size", [1e-38, 1e-25, 1e25, 3e37])
+def test_size_does_not_matter(size: float) -> None:
+    """Squares of 1e-25 and 1e25 leave fp32's range. A scaled input is rounded once more: 6e-8, some hundredfold."""
+    batch = torch.randn(2, 6, 8, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(orthogonalize(batch * size), orthogonalize(batch), rtol=0, atol=1e-5)
 
 
 def test_zero_stays_zero_and_low_precision_is_promoted() -> None:

@@ -1,6 +1,7 @@
 """Every schedule is a pure function of the tokens seen, and the plan of a run is what a naive loop over them gives."""
 
 import math
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
@@ -80,6 +81,16 @@ def test_the_rate_has_its_shape() -> None:
     plans = schedule.plan(config)
     assert plans[0].rate > 0
     assert plans[len(plans) - 1].rate == pytest.approx(1e-3, abs=1e-12)
+
+
+def test_without_decay_the_rate_stays_at_its_peak() -> None:
+    """Decay from the end on, warm-up to the end, a last step that goes past the end: allowed, and no division by 0."""
+    config = make(10_001, 100, 100, 0, (0, 0), (10, 10, 10))
+    for warm_up in (0, 10_001):
+        rate = replace(config.rate, warmup_tokens=warm_up, decay_start_tokens=10_001)
+        plans = schedule.plan(replace(config, rate=rate))
+        assert plans[len(plans) - 1].tokens + 100 > 10_001
+        assert plans[len(plans) - 1].rate == config.rate.peak
 
 
 def test_stages_switch_where_they_should() -> None:
