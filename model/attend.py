@@ -4,76 +4,13 @@ Keys and values are the same vectors, shared by all heads. Nothing of size T x T
 backward pass, written by hand, computes the probabilities of each chunk again. So memory grows linearly with T.
 """
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from model.layers import at_least_fp32
-from model.visibility import Blocks, Layout
-
-CHUNK = 64
-"""Least queries per chunk, which otherwise has as many as the window: half of its window keys are then in the band."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Chunk:
-    """The queries first..last of a row, and what they may see: window tokens from `window_first`, entries 0..entries.
-
-    selected_BTZ: slots to which a query is restricted, -1 for an unused pick; None for all visible ones.
-    Masks are made when asked for, never kept.
-    """
-
-    first: int
-    last: int
-    window_first: int
-    entries: int
-    layout: Layout
-    blocks: Blocks | None
-    selected_BTZ: Tensor | None
-
-    @property
-    def rows(self) -> slice:
-        return slice(self.first, self.last)
-
-    def visible_window(self) -> Tensor:
-        """True where query Q sees window token W, [B, Q, W]."""
-        key_W = torch.arange(self.window_first, self.last, device=self.layout.position_BT.device)
-        query_Q1 = torch.arange(self.first, self.last, device=key_W.device).unsqueeze(-1)
-        return (key_W >= self.layout.window_low_BT[:, self.rows].unsqueeze(-1)) & (key_W <= query_Q1)
-
-    def visible_entries(self) -> Tensor:
-        """True where query Q sees compressed slot S, [B, Q, entries]."""
-        assert self.blocks is not None
-        slot_S = torch.arange(self.entries, device=self.layout.position_BT.device)
-        low_BQ1 = self.blocks.low_BT[:, self.rows].unsqueeze(-1)
-        high_BQ1 = self.blocks.high_BT[:, self.rows].unsqueeze(-1)
-        visible_BQS = (slot_S >= low_BQ1) & (slot_S < high_BQ1)
-        if self.selected_BTZ is None:
-            return visible_BQS
-        slot_BQZ = self.selected_BTZ[:, self.rows]
-        chosen = torch.zeros(*visible_BQS.shape[:2], self.entries + 1, dtype=torch.bool, device=slot_S.device)
-        chosen = chosen.scatter(2, slot_BQZ.masked_fill(slot_BQZ < 0, self.entries), True)
-        return visible_BQS & chosen[..., : self.entries]
-
-
-def chunks(layout: Layout, window: int, ratio: int, selected_BTZ: Tensor | None = None) -> tuple[Chunk, ...]:
-    """The chunks of a row in order. A query can only see the slots complete by the end of its chunk: last // ratio."""
-    T, size = layout.position_BT.shape[1], max(CHUNK, window)
-    blocks = layout.blocks[ratio] if ratio else None
-    return tuple(
-        Chunk(
-            first=first,
-            last=min(first + size, T),
-            window_first=max(0, first - window + 1),
-            entries=min(first + size, T) // ratio if ratio else 0,
-            layout=layout,
-            blocks=blocks,
-            selected_BTZ=selected_BTZ,
-        )
-        for first in range(0, T, size)
-    )
+from model.sight import Chunk, Sight
 
 
 class _Attend(torch.autograd.Function):
@@ -84,10 +21,10 @@ class _Attend(torch.autograd.Function):
         kv_BTC: Tensor,
         entry_BSC: Tensor,
         sink_H: Tensor,
-        parts: tuple[Chunk, ...],
+        sight: Sight,
     ) -> tuple[Tensor, Tensor]:
         out, lse = [], []
-        for chunk in parts:
+        for chunk in sight.chunks():
             q_BQHC, key_BKC, score_BQHK = _scores(q_BTHC, kv_BTC, entry_BSC, chunk)
             max_BQH1 = torch.maximum(score_BQHK.amax(-1), at_least_fp32(sink_H)).unsqueeze(-1)
             exp_BQHK = score_BQHK.sub_(max_BQH1).exp_()
@@ -97,7 +34,7 @@ class _Attend(torch.autograd.Function):
             lse.append((max_BQH1 + total_BQH1.log()).squeeze(-1))
         o_BTHC, lse_BTH = torch.cat(out, dim=1), torch.cat(lse, dim=1)
         ctx.save_for_backward(q_BTHC, kv_BTC, entry_BSC, sink_H, o_BTHC, lse_BTH)
-        ctx.parts = parts
+        ctx.sight = sight
         ctx.mark_non_differentiable(lse_BTH)
         return o_BTHC, lse_BTH
 
@@ -109,7 +46,7 @@ class _Attend(torch.autograd.Function):
         grad_entry = torch.zeros_like(at_least_fp32(entry_BSC))
         # sum_j p_j dp_j of the softmax's backward pass is the product of the output and its gradient.
         mean_BTH = (at_least_fp32(grad_BTHC) * at_least_fp32(o_BTHC)).sum(-1)
-        for chunk in ctx.parts:
+        for chunk in ctx.sight.chunks():
             q_BQHC, key_BKC, score_BQHK = _scores(q_BTHC, kv_BTC, entry_BSC, chunk)
             p = score_BQHK.sub_(lse_BTH[:, chunk.rows].unsqueeze(-1)).exp_().flatten(1, 2)
             grad_out = at_least_fp32(grad_BTHC[:, chunk.rows]).flatten(1, 2)
@@ -137,7 +74,7 @@ def _scores(q_BTHC: Tensor, kv_BTC: Tensor, entry_BSC: Tensor, chunk: Chunk) -> 
 
 
 def attend(
-    q_BTHC: Tensor, kv_BTC: Tensor, entry_BSC: Tensor | None, sink_H: Tensor, parts: tuple[Chunk, ...]
+    q_BTHC: Tensor, kv_BTC: Tensor, entry_BSC: Tensor | None, sink_H: Tensor, sight: Sight
 ) -> tuple[Tensor, Tensor]:
     """o_h = sum_j exp(z_hj) k_j / (sum_j exp(z_hj) + exp(sink_h)), z_hj = q_h . k_j / sqrt(C).
 
@@ -146,4 +83,4 @@ def attend(
     """
     if entry_BSC is None:
         entry_BSC = kv_BTC[:, :0]
-    return _Attend.apply(q_BTHC, kv_BTC, entry_BSC, sink_H, parts)
+    return _Attend.apply(q_BTHC, kv_BTC, entry_BSC, sink_H, sight)

@@ -6,12 +6,13 @@ import torch
 from torch import Tensor, nn
 
 from model import indexer
-from model.attend import attend, chunks
+from model.attend import attend
 from model.compressor import Compressor
 from model.config import CSA_RATIO, AttentionMode, ModelConfig
 from model.indexer import Index, Indexer, Target
 from model.layers import Linear, RMSNorm, island_dtype, rms_normalize
 from model.rope import Rotation, rotate
+from model.sight import Sight
 from model.visibility import Layout
 
 
@@ -79,22 +80,21 @@ class Attention(nn.Module):
     def _attend(
         self, q_BTHC: Tensor, kv_BTC: Tensor, entry_BSC: Tensor | None, index: Index | None, place: Place
     ) -> tuple[Tensor, IndexerStatistics | None]:
-        window = self.config.sliding_window
-        dense = chunks(place.layout, window, self.ratio)
+        dense = Sight(layout=place.layout, window=self.config.sliding_window, ratio=self.ratio)
         if index is None or entry_BSC is None:
             return attend(q_BTHC, kv_BTC, entry_BSC, self.attn_sink, dense)[0], None
-        selected_BTZ, parts = None, dense
+        selected_BTZ, sight = None, dense
         if place.mode == "sparse" or place.measure_recall:
             selected_BTZ = indexer.select(index, self.config.index_topk, dense)
-        if place.mode == "sparse":
-            parts = chunks(place.layout, window, self.ratio, selected_BTZ)
-        o_BTHC, lse_BTH = attend(q_BTHC, kv_BTC, entry_BSC, self.attn_sink, parts)
+        if place.mode == "sparse" and selected_BTZ is not None:
+            sight = dense.restricted(selected_BTZ)
+        o_BTHC, lse_BTH = attend(q_BTHC, kv_BTC, entry_BSC, self.attn_sink, sight)
         target = Target(q_BTHC=q_BTHC.detach(), entry_BSC=entry_BSC.detach(), lse_BTH=lse_BTH)
         counted_BT = place.layout.counted_BT
-        kl_sum = indexer.kl_sum(index, target, parts, counted_BT)
+        kl_sum = indexer.kl_sum(index, target, sight, counted_BT)
         if not place.measure_recall or selected_BTZ is None:
             return o_BTHC, IndexerStatistics(kl_sum=kl_sum, recall=None)
-        if parts is not dense:
+        if sight is not dense:
             lse_BTH = attend(q_BTHC, kv_BTC, entry_BSC, self.attn_sink, dense)[1]
         target = Target(q_BTHC=target.q_BTHC, entry_BSC=target.entry_BSC, lse_BTH=lse_BTH)
         recall = indexer.recall(selected_BTZ, target, dense, counted_BT)

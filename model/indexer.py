@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from model.attend import Chunk
 from model.compressor import Compressor
 from model.config import CSA_RATIO, ModelConfig
 from model.layers import Linear, at_least_fp32
 from model.rope import Rotation, rotate
+from model.sight import Chunk, Sight
 from model.visibility import Blocks
 
 
@@ -63,12 +63,12 @@ def scores(q_BQIJ: Tensor, k_BSJ: Tensor, w_BQI: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def select(index: Index, topk: int, parts: tuple[Chunk, ...]) -> Tensor:
+def select(index: Index, topk: int, sight: Sight) -> Tensor:
     """The top-k visible slots of every query, [B, T, Z] with Z = min(topk, S); -1 where fewer are visible.
 
     Ties go to the earlier block, so that a choice never depends on what else is in the row.
     """
-    return torch.cat([_top(_chunk_scores(index, chunk), chunk, min(topk, index.k_BSJ.shape[1])) for chunk in parts], 1)
+    return torch.cat([_top(_chunk_scores(index, chunk), chunk, min(topk, index.k_BSJ.shape[1])) for chunk in sight.chunks()], 1)
 
 
 def _chunk_scores(index: Index, chunk: Chunk) -> Tensor:
@@ -82,14 +82,14 @@ def _top(score_BQS: Tensor, chunk: Chunk, count: int) -> Tensor:
     return nn.functional.pad(slot_BQZ, (0, count - slot_BQZ.shape[-1]), value=-1)
 
 
-def kl_sum(index: Index, target: Target, parts: tuple[Chunk, ...], counted_BT: Tensor) -> Tensor:
+def kl_sum(index: Index, target: Target, sight: Sight, counted_BT: Tensor) -> Tensor:
     """sum_t KL(p_t || softmax(I_t)) over counted tokens that see at least one block, a scalar in at least fp32.
 
     Source: V3.2 report 2.1; over compressed blocks only (ours). p_t: main attention probabilities summed over heads and
-    normalised over the slots of `parts`: all visible ones in the dense stages, the selected ones in the sparse stage.
+    normalised over the slots in sight: all visible ones in the dense stages, the selected ones in the sparse stage.
     Memory: linear in T; the scores of a chunk are computed again in the backward pass.
     """
-    return _KlSum.apply(index.q_BTIJ, index.k_BSJ, index.w_BTI, target, parts, counted_BT)
+    return _KlSum.apply(index.q_BTIJ, index.k_BSJ, index.w_BTI, target, sight, counted_BT)
 
 
 class _KlSum(torch.autograd.Function):
@@ -100,13 +100,13 @@ class _KlSum(torch.autograd.Function):
         k_BSJ: Tensor,
         w_BTI: Tensor,
         target: Target,
-        parts: tuple[Chunk, ...],
+        sight: Sight,
         counted_BT: Tensor,
     ) -> Tensor:
         ctx.save_for_backward(q_BTIJ, k_BSJ, w_BTI, counted_BT)
-        ctx.target, ctx.parts = target, tuple(chunk for chunk in parts if chunk.entries)
+        ctx.target, ctx.chunks = target, [chunk for chunk in sight.chunks() if chunk.entries]
         total = w_BTI.new_zeros(())
-        for chunk in ctx.parts:
+        for chunk in ctx.chunks:
             inputs = _chunk_inputs(q_BTIJ, k_BSJ, w_BTI, chunk)
             total = total + _chunk_kl(*inputs, target, chunk, counted_BT[:, chunk.rows])
         return total
@@ -115,7 +115,7 @@ class _KlSum(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         q_BTIJ, k_BSJ, w_BTI, counted_BT = ctx.saved_tensors
         grad_q, grad_k, grad_w = torch.zeros_like(q_BTIJ), torch.zeros_like(k_BSJ), torch.zeros_like(w_BTI)
-        for chunk in ctx.parts:
+        for chunk in ctx.chunks:
             q, k, w = (x.detach().requires_grad_() for x in _chunk_inputs(q_BTIJ, k_BSJ, w_BTI, chunk))
             with torch.enable_grad():
                 divergence = _chunk_kl(q, k, w, ctx.target, chunk, counted_BT[:, chunk.rows])
@@ -152,13 +152,13 @@ def target_probability(target: Target, chunk: Chunk) -> Tensor:
 
 
 @torch.no_grad()
-def recall(selected_BTZ: Tensor, target: Target, parts: tuple[Chunk, ...], counted_BT: Tensor) -> Tensor:
+def recall(selected_BTZ: Tensor, target: Target, sight: Sight, counted_BT: Tensor) -> Tensor:
     """How many of the picks are also top-k of the dense attention's mass: int64 [2] = (hits, picks).
 
-    Only counted queries that see more blocks than they may pick; `parts` must be those of dense attention.
+    Only counted queries that see more blocks than they may pick; `sight` must be that of dense attention.
     """
     count, total = selected_BTZ.shape[-1], torch.zeros(2, dtype=torch.int64, device=selected_BTZ.device)
-    for chunk in parts:
+    for chunk in sight.chunks():
         best_BQZ = _top(target_probability(target, chunk), chunk, count)
         choice_BQ = (chunk.visible_entries().sum(-1) > count) & counted_BT[:, chunk.rows]
         hit_BQ = (selected_BTZ[:, chunk.rows].unsqueeze(-1) == best_BQZ.unsqueeze(-2)).any(-1).sum(-1)

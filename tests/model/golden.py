@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from model import attend, losses
+from model import losses, sight
 from model.config import AttentionMode
 from model.inventory import released_tensors
 from model.names import config_from_released, load_released
@@ -62,7 +62,7 @@ def expected(stage: str) -> dict[str, Tensor]:
 def wrong(stage: str) -> dict[str, float]:
     """What the model, as it is now, computes otherwise than the oracle: padded, in two chunks."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(attend, "CHUNK", 30)
+        patch.setattr(sight, "CHUNK", 30)
         patch.setattr(losses, "CHUNK", 30)
         found = observe(model(), rows(PADDING), STAGES[stage], weights())
     return differences(found, expected(stage), LIMIT)

@@ -45,7 +45,7 @@ VISIBILITY = {
         "visibility.layout", ("position_BT.clamp(max=window - 1)", "torch.full_like(position_BT, window - 1)")
     ),
     "window with the next token": mistake(
-        "attend.Chunk.visible_window", ("key_W <= query_Q1", "key_W <= query_Q1 + 1")
+        "sight.Chunk.visible_window", ("key_W <= query_Q1", "key_W <= query_Q1 + 1")
     ),
 }
 
@@ -166,10 +166,10 @@ INDEXER = {
         "indexer.target_probability", (" - target.lse_BTH[:, chunk.rows].unsqueeze(-1)", "")
     ),
     "KL of the sparse stage over all visible blocks": mistake(
-        "attention.Attention._attend", ("kl_sum(index, target, parts,", "kl_sum(index, target, dense,")
+        "attention.Attention._attend", ("kl_sum(index, target, sight,", "kl_sum(index, target, dense,")
     ),
     "the dense stage attends the selection": mistake(
-        "attention.Attention._attend", ('if place.mode == "sparse":', 'if place.mode != "dense":')
+        "attention.Attention._attend", ('if place.mode == "sparse" and', 'if place.mode != "dense" and')
     ),
     "KL counts padding": mistake("indexer._chunk_kl", (" & counted_BQ.unsqueeze(-1)", "")),
 }

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.autograd.gradcheck import GradcheckError
 
-from model import attend, experts, gather, indexer, losses, mhc
-from model.attend import Chunk, chunks
+from model import attend, experts, gather, indexer, losses, mhc, sight
+from model.sight import Sight
 from model.visibility import layout
 from tests.model.mistakes import mistake
 from tests.model.observing import Rows, pack
@@ -36,9 +36,9 @@ def rows(*lengths: int, padding: int = 0) -> Rows:
     return pack([[0] * n for n in lengths], padding=padding)
 
 
-def parts_of(rows: Rows, ratio: int, selected_BTZ: Tensor | None = None) -> tuple[Chunk, ...]:
+def sight_of(rows: Rows, ratio: int, selected_BTZ: Tensor | None = None) -> Sight:
     where = layout(rows.document_BT, rows.position_BT, WINDOW, {ratio})
-    return chunks(where, WINDOW, ratio, selected_BTZ)
+    return Sight(layout=where, window=WINDOW, ratio=ratio, selected_BTZ=selected_BTZ)
 
 
 @pytest.mark.parametrize("iterations", [1, 2, 20])
@@ -62,15 +62,15 @@ def picks(T: int) -> Tensor:
 def check_attention(case: str) -> int:
     """Window only, with entries, or with entries restricted to a selection. Returns the number of chunks."""
     packed, ratio = rows(2, 9, padding=2), 0 if case == "window" else 4
-    parts = parts_of(packed, ratio, picks(13) if case == "selection" else None)
-    check(lambda *x: attend.attend(*x, parts)[0], *attend_inputs(13, ratio))
-    return len(parts)
+    seen = sight_of(packed, ratio, picks(13) if case == "selection" else None)
+    check(lambda *x: attend.attend(*x, seen)[0], *attend_inputs(13, ratio))
+    return len(seen.chunks())
 
 
 @pytest.mark.parametrize(("chunk", "chunks"), [(4, 4), (256, 1)])
 @pytest.mark.parametrize("case", ["window", "entries", "selection"])
 def test_attention(case: str, chunk: int, chunks: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attend, "CHUNK", chunk)
+    monkeypatch.setattr(sight, "CHUNK", chunk)
     assert check_attention(case) == chunks
 
 
@@ -79,8 +79,8 @@ def test_attention_in_chunks_is_attention_at_once(ratio: int, monkeypatch: pytes
     packed, inputs = rows(1, 11, 5, padding=3), attend_inputs(20, ratio)
     results = []
     for chunk in (256, 7, 3):
-        monkeypatch.setattr(attend, "CHUNK", chunk)
-        o_BTHC, lse_BTH = attend.attend(*inputs, parts_of(packed, ratio))
+        monkeypatch.setattr(sight, "CHUNK", chunk)
+        o_BTHC, lse_BTH = attend.attend(*inputs, sight_of(packed, ratio))
         gradients = torch.autograd.grad(o_BTHC.sin().sum(), [x for x in inputs if x.numel()])
         results.append((o_BTHC, lse_BTH, *gradients))
     for chunked in results[1:]:
@@ -91,7 +91,7 @@ def test_attention_in_chunks_is_attention_at_once(ratio: int, monkeypatch: pytes
 def test_attention_is_the_softmax_of_the_report() -> None:
     """R eq. 27 written out for one row: visible keys and the sink under one softmax, no value for the sink."""
     packed, (q_BTHC, kv_BTC, entry_BSC, sink_H) = rows(3, 10), attend_inputs(13, 4)
-    o_BTHC, lse_BTH = attend.attend(q_BTHC, kv_BTC, entry_BSC, sink_H, parts_of(packed, 4))
+    o_BTHC, lse_BTH = attend.attend(q_BTHC, kv_BTC, entry_BSC, sink_H, sight_of(packed, 4))
     for t in range(13):
         start = 0 if t < 3 else 3  # of the token's document; its blocks fill the row's slots from 0 on
         window = list(range(max(start, t - WINDOW + 1), t + 1))
@@ -171,16 +171,16 @@ def test_the_indexer_s_divergence_in_chunks(monkeypatch: pytest.MonkeyPatch) -> 
     q_BTHC, kv_BTC, entry_BSC, sink_H = attend_inputs(17, 4)
     results = []
     for chunk in (256, 7, 3):
-        monkeypatch.setattr(attend, "CHUNK", chunk)
-        parts = parts_of(packed, 4)
-        lse_BTH = attend.attend(q_BTHC, kv_BTC, entry_BSC, sink_H, parts)[1]
+        monkeypatch.setattr(sight, "CHUNK", chunk)
+        seen = sight_of(packed, 4)
+        lse_BTH = attend.attend(q_BTHC, kv_BTC, entry_BSC, sink_H, seen)[1]
         target = indexer.Target(q_BTHC=q_BTHC.detach(), entry_BSC=entry_BSC.detach(), lse_BTH=lse_BTH)
 
         def divergence(
-            q: Tensor, k: Tensor, w: Tensor, parts: tuple = parts, target: indexer.Target = target
+            q: Tensor, k: Tensor, w: Tensor, seen: Sight = seen, target: indexer.Target = target
         ) -> Tensor:
             index = indexer.Index(q_BTIJ=q, k_BSJ=k, w_BTI=w)
-            return indexer.kl_sum(index, target, parts, packed.document_BT >= 0)
+            return indexer.kl_sum(index, target, seen, packed.document_BT >= 0)
 
         total = divergence(q_BTIJ, k_BSJ, w_BTI)
         results.append((total, *torch.autograd.grad(total, (q_BTIJ, k_BSJ, w_BTI))))

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from model import attend, losses
+from model import losses, sight
 from tests.model import golden
 from tests.model.observing import build, differences, observe, pack
 from tests.oracles.attention import Stage
@@ -54,7 +54,7 @@ def test_the_check_sees_a_small_change_of_any_value() -> None:
 
 @pytest.mark.parametrize(("seed", "stage"), [(11, "sparse"), (12, "dense"), (13, "sparse"), (14, "dense")])
 def test_random_models(seed: int, stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attend, "CHUNK", 11)
+    monkeypatch.setattr(sight, "CHUNK", 11)
     monkeypatch.setattr(losses, "CHUNK", 7)
     config, weights = random_case(seed)
     ids = documents(seed, LENGTHS, config["vocab_size"])

@@ -14,8 +14,8 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from model import attend, attention, losses
-from model.attend import Chunk
+from model import attention, losses, sight
+from model.sight import Chunk, Sight
 from model.block import TermScales
 from model.config import AttentionMode
 from model.losses import cross_entropy_sum
@@ -75,7 +75,7 @@ def measure(model: Transformer, T: int, mode: AttentionMode) -> Measured:
 
 @pytest.fixture
 def model(monkeypatch: pytest.MonkeyPatch) -> Transformer:
-    monkeypatch.setattr(attend, "CHUNK", CHUNK)
+    monkeypatch.setattr(sight, "CHUNK", CHUNK)
     monkeypatch.setattr(losses, "CHUNK", CHUNK)
     sizes = {"compress_ratios": [4, 8, 0], "sliding_window": 8, "hidden_size": 16, "hc_sinkhorn_iters": 2}
     return build(1, torch.float32, **sizes)
@@ -103,10 +103,10 @@ def test_kept_bytes_and_the_largest_tensor_grow_linearly(mode: AttentionMode, mo
 
 
 def attend_at_once(
-    q_BTHC: Tensor, kv_BTC: Tensor, entry_BSC: Tensor | None, sink_H: Tensor, parts: tuple[Chunk, ...]
+    q_BTHC: Tensor, kv_BTC: Tensor, entry_BSC: Tensor | None, sink_H: Tensor, sight: Sight
 ) -> tuple[Tensor, Tensor]:
     """Attention that keeps its T x T probabilities, as autograd does by itself."""
-    visible_BTK = torch.cat([attended(chunk, q_BTHC.shape[1]) for chunk in parts], dim=1)
+    visible_BTK = torch.cat([attended(chunk, q_BTHC.shape[1]) for chunk in sight.chunks()], dim=1)
     key_BKC = kv_BTC
     if entry_BSC is not None:
         key_BKC = torch.cat((kv_BTC, entry_BSC), dim=1)
@@ -139,7 +139,7 @@ def test_attention_that_keeps_its_scores_is_seen(model: Transformer, monkeypatch
 
 def test_a_row_in_one_chunk_is_seen(model: Transformer, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing more is kept, but the scores of a whole row exist for a moment."""
-    monkeypatch.setattr(attend, "CHUNK", max(LENGTHS))
+    monkeypatch.setattr(sight, "CHUNK", max(LENGTHS))
     measured = [measure(model, T, "sparse") for T in LENGTHS]
     assert growth([m.kept for m in measured]) <= LINEAR
     assert measured[2].largest > 3.5 * measured[1].largest

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from model import attend, losses
+from model import losses, sight
 from model.config import AttentionMode
 from model.losses import count
 from model.transformer import Transformer
@@ -40,7 +40,7 @@ PER_TOKEN = ("logits", "mtp_logits", "last_hidden", "hidden", "router_index", "i
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Several chunks in every row, so that their borders fall inside documents."""
-    monkeypatch.setattr(attend, "CHUNK", 7)
+    monkeypatch.setattr(sight, "CHUNK", 7)
     monkeypatch.setattr(losses, "CHUNK", 6)
 
 
