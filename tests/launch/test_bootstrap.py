@@ -183,7 +183,7 @@ def test_every_dependency_is_looked_for(keel: ModuleType) -> None:
         (project["dependencies"], keel.MODULES),
         (project["optional-dependencies"]["dev"], keel.DEV_MODULES),
     ):
-        names = [re.split(r"[<>=\[]", requirement)[0] for requirement in declared]
+        names = [re.split(r"[<>=\[;]", requirement)[0] for requirement in declared]
         assert {imported.get(name, name.replace("-", "_")) for name in names} == set(modules)
     assert all(find_spec(module) for module in keel.MODULES)
 
