@@ -25,13 +25,10 @@ class _Attend(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         out, lse = [], []
         for chunk in sight.chunks():
-            q_BQHC, key_BKC, score_BQHK = _scores(q_BTHC, kv_BTC, entry_BSC, chunk)
-            max_BQH1 = torch.maximum(score_BQHK.amax(-1), at_least_fp32(sink_H)).unsqueeze(-1)
-            exp_BQHK = score_BQHK.sub_(max_BQH1).exp_()
-            total_BQH1 = exp_BQHK.sum(-1, keepdim=True) + torch.exp(at_least_fp32(sink_H).unsqueeze(-1) - max_BQH1)
-            value_BQHC = (exp_BQHK.flatten(1, 2) @ key_BKC).view_as(q_BQHC)
-            out.append((value_BQHC / total_BQH1).to(q_BTHC.dtype))
-            lse.append((max_BQH1 + total_BQH1.log()).squeeze(-1))
+            _, key_BKC, score_BQHK = _chunk_scores(q_BTHC, kv_BTC, entry_BSC, chunk)
+            o_BQHC, lse_BQH = _weigh(score_BQHK, key_BKC, sink_H)
+            out.append(o_BQHC.to(q_BTHC.dtype))
+            lse.append(lse_BQH)
         o_BTHC, lse_BTH = torch.cat(out, dim=1), torch.cat(lse, dim=1)
         ctx.save_for_backward(q_BTHC, kv_BTC, entry_BSC, sink_H, o_BTHC, lse_BTH)
         ctx.sight = sight
@@ -47,7 +44,7 @@ class _Attend(torch.autograd.Function):
         # sum_j p_j dp_j of the softmax's backward pass is the product of the output and its gradient.
         mean_BTH = (at_least_fp32(grad_BTHC) * at_least_fp32(o_BTHC)).sum(-1)
         for chunk in ctx.sight.chunks():
-            q_BQHC, key_BKC, score_BQHK = _scores(q_BTHC, kv_BTC, entry_BSC, chunk)
+            q_BQHC, key_BKC, score_BQHK = _chunk_scores(q_BTHC, kv_BTC, entry_BSC, chunk)
             p = score_BQHK.sub_(lse_BTH[:, chunk.rows].unsqueeze(-1)).exp_().flatten(1, 2)
             grad_out = at_least_fp32(grad_BTHC[:, chunk.rows]).flatten(1, 2)
             mean = mean_BTH[:, chunk.rows].flatten(1, 2).unsqueeze(-1)
@@ -61,16 +58,30 @@ class _Attend(torch.autograd.Function):
         return grad_q, grad_kv.to(kv_BTC.dtype), grad_entry.to(entry_BSC.dtype), grad_sink.to(sink_H.dtype), None
 
 
-def _scores(q_BTHC: Tensor, kv_BTC: Tensor, entry_BSC: Tensor, chunk: Chunk) -> tuple[Tensor, Tensor, Tensor]:
-    """The chunk's queries over sqrt(C), its keys (window, then entries), and their products, -inf where invisible."""
-    q_BQHC = at_least_fp32(q_BTHC[:, chunk.rows]) * q_BTHC.shape[-1] ** -0.5
+def _chunk_scores(q_BTHC: Tensor, kv_BTC: Tensor, entry_BSC: Tensor, chunk: Chunk) -> tuple[Tensor, Tensor, Tensor]:
+    """`_scores` of the chunk's queries with its keys: window, then entries."""
     key_BKC = torch.cat((kv_BTC[:, chunk.window_first : chunk.last], entry_BSC[:, : chunk.entries]), dim=1)
-    key_BKC = at_least_fp32(key_BKC)
-    score_BQHK = (q_BQHC.flatten(1, 2) @ key_BKC.transpose(1, 2)).unflatten(1, q_BQHC.shape[1:3])
     visible = chunk.visible_window()
     if chunk.entries:
         visible = torch.cat((visible, chunk.visible_entries()), dim=-1)
-    return q_BQHC, key_BKC, score_BQHK.masked_fill_(~visible.unsqueeze(2), -torch.inf)
+    return _scores(q_BTHC[:, chunk.rows], key_BKC, visible)
+
+
+def _scores(q_BQHC: Tensor, key_BKC: Tensor, visible_BQK: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """q / sqrt(C), k, and their products, -inf where invisible: [B, Q, H, K]; all in at least fp32."""
+    q_BQHC, key_BKC = at_least_fp32(q_BQHC) * q_BQHC.shape[-1] ** -0.5, at_least_fp32(key_BKC)
+    score_BQHK = (q_BQHC.flatten(1, 2) @ key_BKC.transpose(1, 2)).unflatten(1, q_BQHC.shape[1:3])
+    return q_BQHC, key_BKC, score_BQHK.masked_fill_(~visible_BQK.unsqueeze(2), -torch.inf)
+
+
+def _weigh(score_BQHK: Tensor, key_BKC: Tensor, sink_H: Tensor) -> tuple[Tensor, Tensor]:
+    """o_BQHC and log of the denominator lse_BQH; the scores are overwritten."""
+    sink_H1 = at_least_fp32(sink_H).unsqueeze(-1)
+    max_BQH1 = torch.maximum(score_BQHK.amax(-1, keepdim=True), sink_H1)
+    exp_BQHK = score_BQHK.sub_(max_BQH1).exp_()
+    total_BQH1 = exp_BQHK.sum(-1, keepdim=True) + torch.exp(sink_H1 - max_BQH1)
+    value_BQHC = (exp_BQHK.flatten(1, 2) @ key_BKC).unflatten(1, exp_BQHK.shape[1:3])
+    return value_BQHC / total_BQH1, (max_BQH1 + total_BQH1.log()).squeeze(-1)
 
 
 def attend(
@@ -84,3 +95,10 @@ def attend(
     if entry_BSC is None:
         entry_BSC = kv_BTC[:, :0]
     return _Attend.apply(q_BTHC, kv_BTC, entry_BSC, sink_H, sight)
+
+
+@torch.no_grad()
+def attend_keys(q_BQHC: Tensor, key_BKC: Tensor, visible_BQK: Tensor, sink_H: Tensor) -> Tensor:
+    """`attend` of a few queries to explicit keys, for decoding: each sees the keys where visible_BQK is true."""
+    _, key_BKC, score_BQHK = _scores(q_BQHC, key_BKC, visible_BQK)
+    return _weigh(score_BQHK, key_BKC, sink_H)[0].to(q_BQHC.dtype)

@@ -59,9 +59,8 @@ class Attention(nn.Module):
 
     def forward(self, h_BTD: Tensor, place: Place) -> tuple[Tensor, IndexerStatistics | None]:
         turn_T = place.token_turn[self.ratio]
-        qr_BTQ = self.q_norm(self.wq_a(h_BTD))
-        q_BTHC = self._queries(qr_BTQ, turn_T)
-        kv_BTC = rotate(self.kv_norm(self.wkv(h_BTD)), turn_T)
+        q_BTHC, qr_BTQ = self.queries(h_BTD, turn_T)
+        kv_BTC = self.keys(h_BTD, turn_T)
         entry_BSC = index = None
         if self.compressor is not None:
             entry_BSC = self.compressor(h_BTD, place.layout.blocks[self.ratio], place.block_turn[self.ratio])
@@ -69,13 +68,23 @@ class Attention(nn.Module):
             blocks = place.layout.blocks[self.ratio]
             index = self.indexer(h_BTD, qr_BTQ, blocks, turn_T, place.block_turn[self.ratio])
         o_BTHC, statistics = self._attend(q_BTHC, kv_BTC, entry_BSC, index, place)
-        o_BTHC = rotate(o_BTHC, turn_T, inverse=True)
-        return self.wo_b(self.wo_a(o_BTHC.flatten(2))), statistics
+        return self.output(o_BTHC, turn_T), statistics
 
-    def _queries(self, qr_BTQ: Tensor, turn_T: Rotation) -> Tensor:
+    def queries(self, h_BTD: Tensor, turn_T: Rotation) -> tuple[Tensor, Tensor]:
+        """q_BTHC, normalised per head and rotated, and the latent qr_BTQ, which the indexer shares."""
+        qr_BTQ = self.q_norm(self.wq_a(h_BTD))
         q_BTHC = self.wq_b(qr_BTQ).unflatten(-1, (self.config.num_attention_heads, self.config.head_dim))
         q_BTHC = rms_normalize(q_BTHC, self.config.rms_norm_eps).to(qr_BTQ.dtype)
-        return rotate(q_BTHC, turn_T)
+        return rotate(q_BTHC, turn_T), qr_BTQ
+
+    def keys(self, h_BTD: Tensor, turn_T: Rotation) -> Tensor:
+        """kv_BTC: the window's keys, which are its values too, normalised and rotated."""
+        return rotate(self.kv_norm(self.wkv(h_BTD)), turn_T)
+
+    def output(self, o_BTHC: Tensor, turn_T: Rotation) -> Tensor:
+        """Rotated back at the query's position, then through the groups: y_BTD."""
+        o_BTHC = rotate(o_BTHC, turn_T, inverse=True)
+        return self.wo_b(self.wo_a(o_BTHC.flatten(2)))
 
     def _attend(
         self, q_BTHC: Tensor, kv_BTC: Tensor, entry_BSC: Tensor | None, index: Index | None, place: Place

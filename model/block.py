@@ -53,19 +53,20 @@ class Block(nn.Module):
         self, x_BTND: Tensor, token_BT: Tensor, place: Place, balance: float, indexer: float
     ) -> tuple[Tensor, BlockStatistics]:
         """balance, indexer: scales of this layer's loss terms, attached to the stream by an identity."""
-        pre, post, comb = self._mixes(x_BTND, self.hc_attn_fn, self.hc_attn_base, self.hc_attn_scale)
+        pre, post, comb = self.mixes(x_BTND, self.hc_attn_fn, self.hc_attn_base, self.hc_attn_scale)
         y_BTD, indexed = self.attn(self.attn_norm(mhc.collapse(x_BTND, pre)), place)
         if indexed is not None:
             y_BTD = attach(y_BTD, indexed.kl_sum, indexer)
         x_BTND = mhc.expand(x_BTND, y_BTD, post, comb)
 
-        pre, post, comb = self._mixes(x_BTND, self.hc_ffn_fn, self.hc_ffn_base, self.hc_ffn_scale)
+        pre, post, comb = self.mixes(x_BTND, self.hc_ffn_fn, self.hc_ffn_base, self.hc_ffn_scale)
         y_BTD, routed = self.ffn(self.ffn_norm(mhc.collapse(x_BTND, pre)), token_BT, place.layout.document_BT)
         if routed.balance_sum is not None:
             y_BTD = attach(y_BTD, routed.balance_sum, balance)
         return mhc.expand(x_BTND, y_BTD, post, comb), BlockStatistics(router=routed, indexer=indexed)
 
-    def _mixes(self, x_BTND: Tensor, fn: Tensor, base: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def mixes(self, x_BTND: Tensor, fn: Tensor, base: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """pre_BTN, post_BTN, comb_BTNN of one of the block's two sites: `mhc.mixes` with the model's constants."""
         config = self.config
         return mhc.mixes(
             x_BTND,

@@ -50,9 +50,13 @@ class Indexer(nn.Module):
 
     def forward(self, h_BTD: Tensor, qr_BTQ: Tensor, blocks: Blocks, turn_T: Rotation, turn_S: Rotation) -> Index:
         h_BTD, qr_BTQ = h_BTD.detach(), qr_BTQ.detach()
-        q_BTIJ = rotate(self.wq_b(qr_BTQ).unflatten(-1, (self.heads, self.dim)), turn_T)
-        w_BTI = at_least_fp32(self.weights_proj(h_BTD)) * (self.dim**-0.5 * self.heads**-0.5)
+        q_BTIJ, w_BTI = self.queries(h_BTD, qr_BTQ, turn_T)
         return Index(q_BTIJ=q_BTIJ, k_BSJ=self.compressor(h_BTD, blocks, turn_S), w_BTI=w_BTI)
+
+    def queries(self, h_BTD: Tensor, qr_BTQ: Tensor, turn_T: Rotation) -> tuple[Tensor, Tensor]:
+        """q_BTIJ, rotated, and the heads' weights w_BTI in at least fp32."""
+        q_BTIJ = rotate(self.wq_b(qr_BTQ).unflatten(-1, (self.heads, self.dim)), turn_T)
+        return q_BTIJ, at_least_fp32(self.weights_proj(h_BTD)) * (self.dim**-0.5 * self.heads**-0.5)
 
 
 def scores(q_BQIJ: Tensor, k_BSJ: Tensor, w_BQI: Tensor) -> Tensor:
@@ -68,16 +72,17 @@ def select(index: Index, topk: int, sight: Sight) -> Tensor:
 
     Ties go to the earlier block, so that a choice never depends on what else is in the row.
     """
-    return torch.cat([_top(_chunk_scores(index, chunk), chunk, min(topk, index.k_BSJ.shape[1])) for chunk in sight.chunks()], 1)
+    count = min(topk, index.k_BSJ.shape[1])
+    return torch.cat([top(_chunk_scores(index, chunk), chunk.visible_entries(), count) for chunk in sight.chunks()], 1)
 
 
 def _chunk_scores(index: Index, chunk: Chunk) -> Tensor:
     return scores(*_chunk_inputs(index.q_BTIJ, index.k_BSJ, index.w_BTI, chunk))
 
 
-def _top(score_BQS: Tensor, chunk: Chunk, count: int) -> Tensor:
-    """Slots of the `count` highest visible scores, -1 where there are fewer."""
-    ranked = score_BQS.masked_fill(~chunk.visible_entries(), -torch.inf).sort(dim=-1, descending=True, stable=True)
+def top(score_BQS: Tensor, visible_BQS: Tensor, count: int) -> Tensor:
+    """Slots of the `count` highest visible scores, [B, Q, count]; -1 where there are fewer; ties to the earlier."""
+    ranked = score_BQS.masked_fill(~visible_BQS, -torch.inf).sort(dim=-1, descending=True, stable=True)
     slot_BQZ = ranked.indices[..., :count].masked_fill(ranked.values[..., :count] == -torch.inf, -1)
     return nn.functional.pad(slot_BQZ, (0, count - slot_BQZ.shape[-1]), value=-1)
 
@@ -159,7 +164,7 @@ def recall(selected_BTZ: Tensor, target: Target, sight: Sight, counted_BT: Tenso
     """
     count, total = selected_BTZ.shape[-1], torch.zeros(2, dtype=torch.int64, device=selected_BTZ.device)
     for chunk in sight.chunks():
-        best_BQZ = _top(target_probability(target, chunk), chunk, count)
+        best_BQZ = top(target_probability(target, chunk), chunk.visible_entries(), count)
         choice_BQ = (chunk.visible_entries().sum(-1) > count) & counted_BT[:, chunk.rows]
         hit_BQ = (selected_BTZ[:, chunk.rows].unsqueeze(-1) == best_BQZ.unsqueeze(-2)).any(-1).sum(-1)
         total += torch.stack((hit_BQ[choice_BQ].sum(), choice_BQ.sum() * count))

@@ -81,16 +81,16 @@ class Transformer(nn.Module):
         if document_BT is None or position_BT is None:
             document_BT = torch.zeros_like(token_BT)
             position_BT = torch.arange(token_BT.shape[1], device=token_BT.device).expand_as(token_BT)
-        place = self._place(document_BT, position_BT, mode, measure_recall)
-        x_BTND = self.embed(token_BT).unsqueeze(2).expand(-1, -1, self.config.hc_mult, -1).contiguous()
+        place = self.place(document_BT, position_BT, mode, measure_recall)
+        x_BTND = self.streams(token_BT)
         statistics = []
         for block in self.layers:
             x_BTND, of_block = block(x_BTND, token_BT, place, scales.balance, scales.indexer)
             statistics.append(of_block)
-        h_BTD = self.norm(self._collapse(x_BTND))
+        h_BTD = self.hidden(x_BTND)
         mtp_h_BTD = of_mtp = None
         for branch in self.branches() if token_BT.shape[1] > 1 else ():
-            place = self._place(mtp_document(document_BT), position_BT[:, :-1], mode, False)
+            place = self.place(mtp_document(document_BT), position_BT[:, :-1], mode, False)
             mtp_h_BTD, of_mtp = branch.predict(x_BTND[:, :-1], token_BT[:, 1:], place, scales.mtp_balance)
         return Output(h_BTD=h_BTD, mtp_h_BTD=mtp_h_BTD, layers=tuple(statistics), mtp=of_mtp)
 
@@ -98,21 +98,29 @@ class Transformer(nn.Module):
         """Logits [B, T, V] in at least fp32 of the main or the MTP branch (the head is shared)."""
         return self.head(h_BTD)
 
-    def _collapse(self, x_BTND: Tensor) -> Tensor:
-        fn, base, scale = self.hc_head_fn, self.hc_head_base, self.hc_head_scale
-        return mhc.head(x_BTND, fn, base, scale, hc_eps=self.config.hc_eps, norm_eps=self.config.rms_norm_eps)
+    def streams(self, token_BT: Tensor) -> Tensor:
+        """x_BTND: N copies of the embedding."""
+        return self.embed(token_BT).unsqueeze(2).expand(-1, -1, self.config.hc_mult, -1).contiguous()
 
-    def _place(self, document_BT: Tensor, position_BT: Tensor, mode: AttentionMode, measure_recall: bool) -> Place:
+    def hidden(self, x_BTND: Tensor) -> Tensor:
+        """h_BTD for the head: the last streams collapsed and normalised."""
+        fn, base, scale = self.hc_head_fn, self.hc_head_base, self.hc_head_scale
+        hc_eps, norm_eps = self.config.hc_eps, self.config.rms_norm_eps
+        return self.norm(mhc.head(x_BTND, fn, base, scale, hc_eps=hc_eps, norm_eps=norm_eps))
+
+    def place(self, document_BT: Tensor, position_BT: Tensor, mode: AttentionMode, measure_recall: bool) -> Place:
+        """Where the tokens are and how they are rotated; see `Place`."""
         ratios = set(self.config.attention_ratios)
         where = layout(document_BT, position_BT, self.config.sliding_window, ratios)
-        compressed = self._turn(position_BT, compressed=True)
+        compressed = self.turn(position_BT, compressed=True)
         return Place(
             layout=where,
-            token_turn=dict.fromkeys(ratios, compressed) | {0: self._turn(position_BT, compressed=False)},
-            block_turn={r: self._turn(blocks.position_BS, compressed=True) for r, blocks in where.blocks.items()},
+            token_turn=dict.fromkeys(ratios, compressed) | {0: self.turn(position_BT, compressed=False)},
+            block_turn={r: self.turn(blocks.position_BS, compressed=True) for r, blocks in where.blocks.items()},
             mode=mode,
             measure_recall=measure_recall,
         )
 
-    def _turn(self, position: Tensor, *, compressed: bool) -> Rotation:
+    def turn(self, position: Tensor, *, compressed: bool) -> Rotation:
+        """The rotation at integer positions [B, T], of layers with compression or of the others."""
         return rotation(frequencies(self.config, compressed=compressed), position, island_dtype(self.dtype))

@@ -44,33 +44,29 @@ VISIBILITY = {
     "window into the document before": mistake(
         "visibility.layout", ("position_BT.clamp(max=window - 1)", "torch.full_like(position_BT, window - 1)")
     ),
-    "window with the next token": mistake(
-        "sight.Chunk.visible_window", ("key_W <= query_Q1", "key_W <= query_Q1 + 1")
-    ),
+    "window with the next token": mistake("sight.Chunk.visible_window", ("key_W <= query_Q1", "key_W <= query_Q1 + 1")),
 }
 
 ATTENTION = {
-    "sink dropped": mistake(
-        "attend._Attend.forward", (" + torch.exp(at_least_fp32(sink_H).unsqueeze(-1) - max_BQH1)", "")
-    ),
+    "sink dropped": mistake("attend._weigh", (" + torch.exp(sink_H1 - max_BQH1)", "")),
     "sink contributes a value": mistake(
-        "attend._Attend.forward",
+        "attend._weigh",
         ("(exp_BQHK.flatten", "((exp_BQHK + (total_BQH1 - exp_BQHK.sum(-1, keepdim=True)) / 9).flatten"),
     ),
     "sink learns in the wrong direction": mistake("attend._Attend.backward", ("grad_sink = -(", "grad_sink = (")),
     "values get no gradient of the output": mistake("attend._Attend.backward", (" + p.transpose(1, 2) @ grad_out", "")),
-    "scores not scaled": mistake("attend._scores", (" * q_BTHC.shape[-1] ** -0.5", "")),
+    "scores not scaled": mistake("attend._scores", (" * q_BQHC.shape[-1] ** -0.5", "")),
     "q without its norm per head": mistake(
-        "attention.Attention._queries", ("rms_normalize(q_BTHC, self.config.rms_norm_eps)", "q_BTHC")
+        "attention.Attention.queries", ("rms_normalize(q_BTHC, self.config.rms_norm_eps)", "q_BTHC")
     ),
     "q latent without norm": mistake(
-        "attention.Attention.forward", ("self.q_norm(self.wq_a(h_BTD))", "self.wq_a(h_BTD)")
+        "attention.Attention.queries", ("self.q_norm(self.wq_a(h_BTD))", "self.wq_a(h_BTD)")
     ),
-    "kv without norm": mistake("attention.Attention.forward", ("self.kv_norm(self.wkv(h_BTD))", "self.wkv(h_BTD)")),
+    "kv without norm": mistake("attention.Attention.keys", ("self.kv_norm(self.wkv(h_BTD))", "self.wkv(h_BTD)")),
     "outputs not rotated back": mistake(
-        "attention.Attention.forward", ("rotate(o_BTHC, turn_T, inverse=True)", "o_BTHC")
+        "attention.Attention.output", ("rotate(o_BTHC, turn_T, inverse=True)", "o_BTHC")
     ),
-    "outputs rotated on": mistake("attention.Attention.forward", ("inverse=True", "inverse=False")),
+    "outputs rotated on": mistake("attention.Attention.output", ("inverse=True", "inverse=False")),
     "output groups interleaved": mistake(
         "attention.GroupedLinear.forward", ("(self.groups, -1))\n    return", "(-1, self.groups)).mT\n    return")
     ),
@@ -94,7 +90,7 @@ ROPE = {
         ),
     ),
     "entries rotated at their last token": mistake(
-        "transformer.Transformer._place", ("self._turn(blocks.position_BS,", "self._turn(blocks.position_BS + r - 1,")
+        "transformer.Transformer.place", ("self.turn(blocks.position_BS,", "self.turn(blocks.position_BS + r - 1,")
     ),
     "compressed layers with the window layers' theta": mistake(
         "rope.frequencies", ("config.compress_rope_theta if compressed else config.rope_theta", "config.rope_theta")
@@ -134,14 +130,14 @@ COMPRESSOR = {
 
 INDEXER = {
     "top-k over invisible blocks": mistake(
-        "indexer._top", ("score_BQS.masked_fill(~chunk.visible_entries(), -torch.inf)", "score_BQS")
+        "indexer.top", ("score_BQS.masked_fill(~visible_BQS, -torch.inf)", "score_BQS")
     ),
     "one block fewer selected": mistake("indexer.select", ("min(topk, index", "min(topk - 1, index")),
-    "the lowest scores selected": mistake("indexer._top", ("ranked = score_BQS", "ranked = (-score_BQS)")),
+    "the lowest scores selected": mistake("indexer.top", ("ranked = score_BQS", "ranked = (-score_BQS)")),
     "index scores without relu": mistake("indexer.scores", ("torch.relu(product)", "product")),
-    "index weights not scaled by heads": mistake("indexer.Indexer.forward", (" * self.heads**-0.5", "")),
+    "index weights not scaled by heads": mistake("indexer.Indexer.queries", (" * self.heads**-0.5", "")),
     "index queries not rotated": mistake(
-        "indexer.Indexer.forward",
+        "indexer.Indexer.queries",
         (
             "rotate(self.wq_b(qr_BTQ).unflatten(-1, (self.heads, self.dim)), turn_T)",
             "self.wq_b(qr_BTQ).unflatten(-1, (self.heads, self.dim))",

@@ -58,7 +58,7 @@ MTP = {
         "transformer.Transformer.forward", ("predict(x_BTND[", "predict(self.norm(x_BTND)[")
     ),
     "MTP counts a document's last token": mistake(
-        "transformer.Transformer.forward", ("self._place(mtp_document(document_BT)", "self._place(document_BT[:, :-1]")
+        "transformer.Transformer.forward", ("self.place(mtp_document(document_BT)", "self.place(document_BT[:, :-1]")
     ),
     "MTP target across documents": mistake(
         "losses.mtp_target", (".masked_fill(mtp_document(document_BT) < 0, -1)", "")
