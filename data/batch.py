@@ -16,8 +16,8 @@ class Batch:
     """Rows ready for the model; all int64.
 
     token_BT: ids, the padding id at the row's end. target_BT: the next token of the same document, also when it lies
-    in another row; -1 where none is learned (end of document, padding). document_BT: 0, 1, 2, ... by piece, -1 for
-    padding. position_BT: from 0 in every piece, and from 0 in the padding. source_B: the source's number.
+    in another row; -1 where none is learned (end of document, prompt, padding). document_BT: 0, 1, 2, ... by piece, -1
+    for padding. position_BT: from 0 in every piece, and from 0 in the padding. source_B: the source's number.
     """
 
     token_BT: Tensor
@@ -29,11 +29,15 @@ class Batch:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Chunk:
-    """Tokenised documents: document d is tokens[starts[d] : starts[d] + lengths[d]] (int32; starts, lengths int64)."""
+    """Tokenised documents: document d is tokens[starts[d] : starts[d] + lengths[d]] (int32; the others int64).
+
+    Its first heads[d] tokens, bos and prompt, are nobody's target.
+    """
 
     tokens: np.ndarray
     starts: np.ndarray
     lengths: np.ndarray
+    heads: np.ndarray
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -74,7 +78,8 @@ def _fill(row: Row, token_T: np.ndarray, target_T: np.ndarray, document_T: np.nd
         here = slice(at, at + length)
         token_T[here] = row.chunk.tokens[first + start : first + start + length]
         following = row.chunk.tokens[first + start + 1 : min(first + start + length + 1, document_end)]
-        target_T[at : at + len(following)] = following
+        given = min(max(int(row.chunk.heads[document]) - start - 1, 0), len(following))
+        target_T[at + given : at + len(following)] = following[given:]
         document_T[here] = piece
         position_T[here] = np.arange(length)
         at += length

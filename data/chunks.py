@@ -74,4 +74,9 @@ class StoredChunks:
         deal = Permutation(size=self.num_documents, key=derive_key(self._seed, "documents", self.name, epoch))
         documents = deal(np.arange(first, stop))
         starts = self._store.offsets[documents]
-        return Chunk(tokens=self._store.tokens, starts=starts, lengths=self._store.offsets[documents + 1] - starts)
+        return Chunk(
+            tokens=self._store.tokens,
+            starts=starts,
+            lengths=self._store.offsets[documents + 1] - starts,
+            heads=self._store.heads[documents],
+        )

@@ -7,6 +7,8 @@ from typing import Literal
 Report = Callable[[str], None]
 """Takes one line of progress for the user."""
 SourceKind = Literal["stdlib", "text", "jsonl", "parquet", "stream"]
+RECORD_KINDS = ("jsonl", "parquet", "stream")
+"""Kinds whose documents are fields of records."""
 TokenizerKind = Literal["bpe", "deepseek", "file"]
 
 
@@ -15,14 +17,16 @@ class SourceConfig:
     """One source of documents.
 
     stdlib: the Python standard library's own .py files. text: one document per file. jsonl, parquet: one per record,
-    from `field`. stream: `datasets.load_dataset(path, name, split, streaming=True)`, `path` a hub name, a local
-    folder or, with `name` such as "json" or "parquet", `path` a file or fsspec address.
+    from `field`. stream: `datasets.load_dataset(path, name, split, streaming=True)`, one per record, `path` a hub
+    name, a local folder or, with `name` such as "json" or "parquet", `path` a file or fsspec address.
     """
 
     kind: SourceKind
     path: str = ""
     """File, folder or glob; hub name for `stream`."""
     field: str = "text"
+    prompt_field: str | None = None
+    """Field whose text is put before the document's: it is read and not learned. None: everything is learned."""
     name: str | None = None
     split: str = "train"
     weight: int = 1
@@ -30,6 +34,10 @@ class SourceConfig:
 
     def __post_init__(self) -> None:
         _require(self.kind == "stdlib" or self.path != "", "path", repr(self.path), f"a path for kind={self.kind}")
+        without = f"null: kind={self.kind} has no fields"
+        _require(self.prompt_field is None or self.kind in RECORD_KINDS, "prompt_field", self.prompt_field, without)
+        other = f"another field than field={self.field}"
+        _require(self.prompt_field != self.field, "prompt_field", self.prompt_field, other)
         _require(self.weight > 0, "weight", self.weight, "a positive integer")
 
 

@@ -79,7 +79,7 @@ def _training_sample(config: DataConfig, texts: _Texts) -> Documents:
     parts = []
     for name, source in sorted(config.sources.items()):
         if source.kind == "stream":
-            records = [text for text in texts.readers[name].read(0, config.chunk_documents) if text]
+            records = [text for text in texts.readers[name].read(0, config.chunk_documents) if text.text]
             found = Documents(texts=tuple(records), hashes=tuple(content_hash(text) for text in records))
         else:
             found = texts.local[name]

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from data.config import Report, SourceConfig
-from data.split import Documents, order_by_content
+from data.split import Documents, Text, order_by_content
 
 SKIPPED_FOLDERS = frozenset({"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"})
 BUILD_PREFIXES = ("config-", "_sysconfigdata", "sitecustomize", "usercustomize")
@@ -31,7 +31,7 @@ def read_documents(name: str, config: SourceConfig, report: Report) -> Documents
         raise _refusal(name, "path", repr(config.path), f"files that can be read ({error})") from error
 
 
-def _texts(name: str, config: SourceConfig, report: Report) -> Iterator[str]:
+def _texts(name: str, config: SourceConfig, report: Report) -> Iterator[Text]:
     if config.kind == "stdlib":
         return _read_files(name, _library_files(), report)
     if config.kind == "text":
@@ -51,9 +51,9 @@ class StreamReader:
         self._dataset = _open_stream(name, config)
         self._records: Iterator[dict[str, Any]] = iter(())
         self._position = -1
-        self._last: tuple[int, int, list[str]] = (0, 0, [])
+        self._last: tuple[int, int, list[Text]] = (0, 0, [])
 
-    def read(self, first: int, count: int) -> list[str]:
+    def read(self, first: int, count: int) -> list[Text]:
         """Return the texts of records first to first + count, fewer only at the end; "" for a record without text.
 
         Going on where the last call ended costs nothing extra; any other place reads the stream from its start.
@@ -66,7 +66,7 @@ class StreamReader:
         self._position = -1
         where = f"a record of {self._config.path}"
         texts = [
-            _text(self._name, self._config.field, record, where)
+            _text(self._name, self._config, record, where)
             for _, record in zip(range(count), self._records, strict=False)
         ]
         self._position = first + len(texts)
@@ -117,24 +117,24 @@ def _walk(folder: Path, skipped: frozenset[str]) -> Iterator[Path]:
         yield from (Path(parent, file) for file in files if not file.startswith("."))
 
 
-def _read_files(name: str, paths: Iterable[Path], report: Report) -> Iterator[str]:
+def _read_files(name: str, paths: Iterable[Path], report: Report) -> Iterator[Text]:
     skipped = []
     for path in paths:
         try:
-            yield path.read_bytes().decode("utf-8")
+            yield Text(path.read_bytes().decode("utf-8"))
         except (OSError, UnicodeDecodeError):
             skipped.append(path)
     if skipped:
         report(f"{name}: left out {len(skipped)} files that are not readable UTF-8, such as {min(skipped)}")
 
 
-def _json_texts(name: str, config: SourceConfig, paths: Iterable[Path]) -> Iterator[str]:
+def _json_texts(name: str, config: SourceConfig, paths: Iterable[Path]) -> Iterator[Text]:
     for path in paths:
         with path.open("rb") as lines:
             for number, line in enumerate(lines, 1):
                 where = f"{path}:{number}"
                 if line.strip():
-                    yield _text(name, config.field, _json_record(name, line, where), where)
+                    yield _text(name, config, _json_record(name, line, where), where)
 
 
 def _json_record(name: str, line: bytes, where: str) -> dict[str, Any]:
@@ -147,42 +147,54 @@ def _json_record(name: str, line: bytes, where: str) -> dict[str, Any]:
     return record
 
 
-def _parquet_texts(name: str, config: SourceConfig, paths: Iterable[Path]) -> Iterator[str]:
+def _parquet_texts(name: str, config: SourceConfig, paths: Iterable[Path]) -> Iterator[Text]:
     import pyarrow
     from pyarrow import parquet
 
+    fields = _fields(config)
     for path in paths:
         try:
             file = parquet.ParquetFile(path)
         except pyarrow.ArrowInvalid as error:
             raise _refusal(name, "path", path, f"a parquet file ({error})") from error
         with file:
-            _require_field(name, config.field, file.schema_arrow.names, str(path))
-            for batch in file.iter_batches(columns=[config.field]):
+            for key, field in fields.items():
+                _require_field(name, key, field, file.schema_arrow.names, str(path))
+            for batch in file.iter_batches(columns=list(fields.values())):
                 for record in batch.to_pylist():
-                    yield _text(name, config.field, record, str(path))
+                    yield _text(name, config, record, str(path))
 
 
-def _text(name: str, field: str, record: dict[str, Any], where: str) -> str:
-    """Return a record's text, "" for a null."""
-    _require_field(name, field, record, where)
+def _fields(config: SourceConfig) -> dict[str, str]:
+    """Return the fields that are read of a record, by the key that names them."""
+    prompt = {} if config.prompt_field is None else {"prompt_field": config.prompt_field}
+    return {"field": config.field} | prompt
+
+
+def _text(name: str, config: SourceConfig, record: dict[str, Any], where: str) -> Text:
+    """Return a record's text and prompt, "" for a null."""
+    return Text(*(_string(name, key, field, record, where) for key, field in _fields(config).items()))
+
+
+def _string(name: str, key: str, field: str, record: dict[str, Any], where: str) -> str:
+    _require_field(name, key, field, record, where)
     text = record[field]
     if text is None:
         return ""
     if not isinstance(text, str):
-        raise _refusal(name, "field", repr(field), f"a field that holds text; {where} has {type(text).__name__}")
+        raise _refusal(name, key, repr(field), f"a field that holds text; {where} has {type(text).__name__}")
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise _refusal(name, "field", repr(field), f"text that UTF-8 can hold; {where}: {error.reason}") from error
+        raise _refusal(name, key, repr(field), f"text that UTF-8 can hold; {where}: {error.reason}") from error
     return text
 
 
-def _require_field(name: str, field: str, known: Iterable[str], where: str) -> None:
+def _require_field(name: str, key: str, field: str, known: Iterable[str], where: str) -> None:
     fields = list(known)
     if field not in fields:
         near = difflib.get_close_matches(field, fields, n=3, cutoff=0.0)
-        raise _refusal(name, "field", repr(field), f"a field of {where}; the nearest are {', '.join(near) or 'none'}")
+        raise _refusal(name, key, repr(field), f"a field of {where}; the nearest are {', '.join(near) or 'none'}")
 
 
 def _refusal(name: str, key: str, value: object, expected: str) -> ValueError:

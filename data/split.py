@@ -3,24 +3,31 @@
 import hashlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from data.config import DataConfig
 
 SplitName = Literal["train", "validation"]
 
 
+class Text(NamedTuple):
+    """One document: its text is learned, the prompt before it is only read."""
+
+    text: str
+    prompt: str = ""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Documents:
     """Distinct documents of one source with their content hashes, in the order of the hashes."""
 
-    texts: tuple[str, ...]
+    texts: tuple[Text, ...]
     hashes: tuple[bytes, ...]
 
     @property
     def num_bytes(self) -> int:
-        """UTF-8 bytes of all texts."""
-        return sum(len(text.encode()) for text in self.texts)
+        """UTF-8 bytes of all texts and prompts."""
+        return sum(map(num_bytes, self.texts))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -35,9 +42,15 @@ class Split:
         return _held_out_by_hash(content, self.fraction) or content in self.extra
 
 
-def content_hash(text: str) -> bytes:
-    """Return the SHA-256 of a text's UTF-8 bytes."""
-    return hashlib.sha256(text.encode()).digest()
+def num_bytes(text: Text) -> int:
+    """Return the UTF-8 bytes of a document, its prompt included."""
+    return len(text.text.encode()) + len(text.prompt.encode())
+
+
+def content_hash(text: Text) -> bytes:
+    """Return the SHA-256 of a text's UTF-8 bytes; with a prompt, that of both their hashes, prompt first."""
+    own = hashlib.sha256(text.text.encode()).digest()
+    return hashlib.sha256(hashlib.sha256(text.prompt.encode()).digest() + own).digest() if text.prompt else own
 
 
 def hash_of_hashes(hashes: Iterable[bytes]) -> str:
@@ -45,9 +58,9 @@ def hash_of_hashes(hashes: Iterable[bytes]) -> str:
     return hashlib.sha256(b"".join(hashes)).hexdigest()
 
 
-def order_by_content(texts: Iterable[str]) -> Documents:
-    """Return the distinct non-empty texts in the order of their content hashes."""
-    by_hash = {content_hash(text): text for text in texts if text}
+def order_by_content(texts: Iterable[Text]) -> Documents:
+    """Return the distinct documents with a text in the order of their content hashes."""
+    by_hash = {content_hash(text): text for text in texts if text.text}
     hashes = tuple(sorted(by_hash))
     return Documents(texts=tuple(by_hash[content] for content in hashes), hashes=hashes)
 

@@ -55,7 +55,8 @@ class StreamedChunks:
         self._reader, self._tokenizer, self._split, self._held_out = reader, tokenizer, split, held_out
         self._chunk_documents = config.chunk_documents
         source = config.sources[name]
-        records = (source.path, source.field, source.name, source.split, config.chunk_documents)
+        fields = (source.field, source.prompt_field)
+        records = (source.path, *fields, source.name, source.split, config.chunk_documents)
         key = repr((DOCUMENT_LAYOUT, *records, tokenizer.fingerprint, split.fraction, sorted(split.extra), held_out))
         self._folder = cache_folder(config.cache_dir, f"streams/{hashlib.sha256(key.encode()).hexdigest()[:32]}")
         self._num_chunks: int | None = None
@@ -98,11 +99,12 @@ class StreamedChunks:
 
     def _read_chunk(self, number: int) -> tuple[int, Chunk]:
         texts = self._reader.read(number * self._chunk_documents, self._chunk_documents)
-        kept = [text for text in texts if text and self._split.holds_out(content_hash(text)) == self._held_out]
-        encoded = self._tokenizer.encode_documents(kept)
+        kept = [text for text in texts if text.text and self._split.holds_out(content_hash(text)) == self._held_out]
+        encoded, heads = self._tokenizer.encode_documents(kept)
         lengths = np.array([len(ids) for ids in encoded], np.int64)
         tokens = np.concatenate(encoded) if encoded else np.zeros(0, np.int32)
-        return len(texts), Chunk(tokens=tokens, starts=np.cumsum(lengths) - lengths, lengths=lengths)
+        starts = np.cumsum(lengths) - lengths
+        return len(texts), Chunk(tokens=tokens, starts=starts, lengths=lengths, heads=np.array(heads, np.int64))
 
     def _find_note(self, number: int) -> ChunkNote:
         path = self._note_path(number)

@@ -11,14 +11,14 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from data.cache import cache_folder, write_once
 from data.config import DataConfig, Report
-from data.split import Documents, hash_of_hashes
+from data.split import Documents, Text, hash_of_hashes, num_bytes
 
 SPECIAL_TOKENS = ("<|bos|>", "<|eos|>", "<|pad|>")
 """Ids 0, 1 and 2 of a trained vocabulary, the places they have in DeepSeek's."""
 BOS_NAMES = ("<|bos|>", "<｜begin▁of▁sentence｜>", "<|begin_of_text|>", "<s>")
 EOS_NAMES = ("<|eos|>", "<｜end▁of▁sentence｜>", "<|end_of_text|>", "</s>", "<|endoftext|>")
 PAD_NAMES = ("<|pad|>", "<｜▁pad▁｜>", "<pad>")
-DOCUMENT_LAYOUT = "bos ids eos"
+DOCUMENT_LAYOUT = "bos prompt text eos"
 """Part of every cache key that holds documents."""
 TRAINING_BYTES = 32 * 2**20
 """Text that a BPE is trained on at most (12 MB and 1024 entries take about 5 s)."""
@@ -60,13 +60,18 @@ class Tokenizer:
         encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
         return [np.array(encoding.ids, np.int32) for encoding in encodings]
 
-    def encode_documents(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """Return each text as a document, int32 [tokens]: bos, its ids, eos.
+    def encode_documents(self, texts: Sequence[Text]) -> tuple[list[np.ndarray], list[int]]:
+        """Return each document's ids, int32 [tokens], and how many of them, the head, are read and not learned.
 
-        The bos lets the first token of a text be learned, and generation start from an empty prompt.
+        A document is bos, the prompt's ids, the text's ids, eos; bos and prompt are its head. The bos lets the first
+        token of a text be learned, and generation start from an empty prompt. Prompt and text are encoded apart, as
+        they are when a text is generated: no token holds the end of one and the beginning of the other.
         """
         bos, eos = np.array([self.bos_id], np.int32), np.array([self.eos_id], np.int32)
-        return [np.concatenate([bos, ids, eos]) for ids in self.encode_batch(texts)]
+        prompts = self.encode_batch([text.prompt for text in texts])
+        learned = self.encode_batch([text.text for text in texts])
+        documents = [np.concatenate([bos, prompt, ids, eos]) for prompt, ids in zip(prompts, learned, strict=True)]
+        return documents, [1 + len(prompt) for prompt in prompts]
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """Return the text of ids; special tokens have none, and bytes that are not UTF-8 become U+FFFD."""
@@ -110,7 +115,7 @@ def training_sample(documents: Documents, limit_bytes: int) -> Documents:
     """Return the first documents that together stay within `limit_bytes`, and at least one."""
     total = 0
     for count, text in enumerate(documents.texts):
-        total += len(text.encode())
+        total += num_bytes(text)
         if total > limit_bytes and count > 0:
             return Documents(texts=documents.texts[:count], hashes=documents.hashes[:count])
     return documents
@@ -122,7 +127,9 @@ def _cached_bpe(config: DataConfig, sample: Documents, report: Report) -> Tokeni
     path = cache_folder(config.cache_dir, "tokenizers") / f"{name}.json"
     if not path.exists():
         report(f"tokenizer: training {config.tokenizer.vocab_size} entries on {sample.num_bytes / 1e6:.1f} MB")
-        write_once(path, _train_bpe(sample.texts, config.tokenizer.vocab_size).encode())
+        write_once(
+            path, _train_bpe([text.prompt + text.text for text in sample.texts], config.tokenizer.vocab_size).encode()
+        )
     report(f"tokenizer: {path}")
     return _load(path, f"data.cache_dir = {config.cache_dir} ({path}, delete it if broken)")
 

@@ -52,11 +52,6 @@ def count(target_BT: Tensor, document_BT: Tensor, position_BT: Tensor) -> TermCo
     )
 
 
-def masked_target(target_BT: Tensor, learn_BT: Tensor) -> Tensor:
-    """The targets with -1 (not learned) wherever the per-token loss mask `learn_BT` is False."""
-    return target_BT.masked_fill(~learn_BT, -1)
-
-
 def mtp_document(document_BT: Tensor) -> Tensor:
     """Documents of the MTP branch, [B, T-1]: a token whose successor is of another document counts as padding."""
     inside = document_BT[:, 1:] == document_BT[:, :-1]

@@ -1,6 +1,6 @@
 """Small corpora for the data tests: token stores whose every token is unique, and folders of made-up text."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +8,8 @@ import numpy as np
 from data.cache import write_folder_once
 from data.chunks import StoredChunks
 from data.config import DataConfig, SourceConfig, TokenizerConfig
-from data.store import OFFSETS, TOKENS, TokenStore
+from data.split import Documents, Text, order_by_content
+from data.store import HEADS, OFFSETS, TOKENS, TokenStore
 from data.stream import Segment, Stream
 
 PADDING = -7
@@ -26,7 +27,8 @@ def unique_store(folder: Path, lengths: Sequence[int], first_token: int = 0) -> 
     """Return a store in which token i of all tokens is first_token + i: every token tells where it comes from."""
     offsets = np.cumsum([0, *lengths]).astype("<i8")
     tokens = np.arange(first_token, first_token + offsets[-1]).astype("<i4")
-    write_folder_once(folder, {TOKENS: tokens, OFFSETS: offsets})
+    heads = np.ones(len(lengths), "<i8")
+    write_folder_once(folder, {TOKENS: tokens, OFFSETS: offsets, HEADS: heads})
     return TokenStore(folder)
 
 
@@ -56,6 +58,11 @@ def made_up_texts(count: int, seed: int) -> list[str]:
     random = np.random.default_rng(seed)
     sizes = random.integers(5, 300, count)
     return [f"{i} " + " ".join(random.choice(WORDS, size)) for i, size in enumerate(sizes)]
+
+
+def documents_of(texts: Iterable[str]) -> Documents:
+    """Return texts as the documents of a source, without prompts."""
+    return order_by_content(map(Text, texts))
 
 
 def write_texts(folder: Path, texts: Sequence[str]) -> Path:

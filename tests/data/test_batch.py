@@ -1,6 +1,7 @@
 """A batch says for each token its target, document and position, as worked out by hand and by a token-wise oracle."""
 
 import numpy as np
+import pytest
 import torch
 
 from data.batch import Chunk, Row, build_batch
@@ -15,7 +16,7 @@ def row_of(chunk: Chunk, *pieces: tuple[int, int, int], source: int = 0) -> Row:
 
 def test_an_example_by_hand() -> None:
     tokens = np.array([10, 11, 12, 13, 14, 20, 21], np.int32)
-    chunk = Chunk(tokens=tokens, starts=np.array([5, 0]), lengths=np.array([2, 5]))
+    chunk = Chunk(tokens=tokens, starts=np.array([5, 0]), lengths=np.array([2, 5]), heads=np.array([1, 1]))
     batch = build_batch([row_of(chunk, (1, 0, 4), source=3), row_of(chunk, (0, 0, 2), (1, 4, 1))], 4, 2)
     assert batch.token_BT.tolist() == [[10, 11, 12, 13], [20, 21, 14, 2]]
     assert batch.target_BT.tolist() == [[11, 12, 13, 14], [21, -1, -1, -1]]
@@ -24,8 +25,20 @@ def test_an_example_by_hand() -> None:
     assert batch.source_B.tolist() == [3, 0]
 
 
+@pytest.mark.parametrize("head", range(8))
+@pytest.mark.parametrize("row_length", [1, 2, 3, 7, 9])
+def test_no_token_of_a_head_is_a_target_wherever_the_document_is_cut(head: int, row_length: int) -> None:
+    tokens = np.arange(10, 17, dtype=np.int32)
+    chunk = Chunk(tokens=tokens, starts=np.array([0]), lengths=np.array([7]), heads=np.array([head]))
+    starts = range(0, 7, row_length)
+    batch = build_batch([row_of(chunk, (0, at, min(row_length, 7 - at))) for at in starts], row_length, 2)
+    expected = [token if token - 10 >= head else -1 for token in range(11, 17)] + [-1]
+    assert batch.target_BT.flatten()[:7].tolist() == expected
+    assert batch.token_BT.flatten()[:7].tolist() == tokens.tolist()
+
+
 def test_padding_is_at_the_end_and_counts_from_zero() -> None:
-    chunk = Chunk(tokens=np.arange(3, dtype=np.int32), starts=np.array([0]), lengths=np.array([3]))
+    chunk = Chunk(tokens=np.arange(3, dtype=np.int32), starts=np.array([0]), lengths=np.array([3]), heads=np.array([1]))
     batch = build_batch([row_of(chunk, (0, 0, 3))], 7, 9)
     assert batch.token_BT.tolist() == [[0, 1, 2, 9, 9, 9, 9]]
     assert batch.target_BT.tolist() == [[1, 2, -1, -1, -1, -1, -1]]

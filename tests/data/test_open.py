@@ -1,5 +1,6 @@
 """Opening the data finds, splits, trains and tokenises once; afterwards the same rows come from the cache alone."""
 
+import itertools
 import json
 from collections.abc import Iterator
 from dataclasses import replace
@@ -14,12 +15,15 @@ from pyarrow import parquet
 import data.open
 import data.store
 import data.tokenizer
+from data.batch import Chunk
 from data.config import DataConfig, SourceConfig, TokenizerConfig
 from data.open import Data, open_data
+from data.pack import pack
 from data.stream import Segment
 from tests.data.corpus import data_config, made_up_texts, write_texts
 
 SEGMENTS = [Segment(row_length=64, rows=50), Segment(row_length=128, rows=20)]
+DEEPSEEK = TokenizerConfig(kind="deepseek")
 CONFIGS = Path(__file__).parents[2] / "configs" / "data"
 
 
@@ -30,8 +34,8 @@ def text_config(tmp_path: Path, folder: str = "texts", seed: int = 1, **changes:
     return data_config(tmp_path / "cache", {"books": SourceConfig(kind="text", path=str(path))}, **changes)
 
 
-def open_quietly(config: DataConfig, seed: int = 1) -> Data:
-    return open_data(config, SEGMENTS, seed, lambda line: None)
+def open_quietly(config: DataConfig, seed: int = 1, segments: list[Segment] = SEGMENTS) -> Data:
+    return open_data(config, segments, seed, lambda line: None)
 
 
 def first_rows(opened: Data, split: str = "train") -> torch.Tensor:
@@ -71,7 +75,7 @@ def test_paths_and_the_cache_place_do_not_matter(tmp_path: Path) -> None:
 
 def test_another_corpus_or_tokenizer_has_another_fingerprint(tmp_path: Path) -> None:
     config = text_config(tmp_path)
-    deepseek = replace(config, tokenizer=TokenizerConfig(kind="deepseek"))
+    deepseek = replace(config, tokenizer=DEEPSEEK)
     other = text_config(tmp_path, "more", seed=2)
     opened = [open_quietly(changed) for changed in (config, deepseek, other)]
     assert len({one.fingerprint for one in opened}) == 3
@@ -126,8 +130,8 @@ def trained_on(config: DataConfig, monkeypatch: pytest.MonkeyPatch) -> tuple[Dat
     seen: list[tuple[str, ...]] = []
     train = data.tokenizer._train_bpe
 
-    def watched(texts: tuple[str, ...], vocab_size: int) -> str:
-        seen.append(texts)
+    def watched(texts: list[str], vocab_size: int) -> str:
+        seen.append(tuple(texts))
         return train(texts, vocab_size)
 
     monkeypatch.setattr(data.tokenizer, "_train_bpe", watched)
@@ -150,6 +154,61 @@ def test_a_large_corpus_gives_the_tokenizer_a_sample_by_weight(tmp_path: Path, m
     assert 8500 < sizes["jsonl"] <= 10_000
     assert 3500 < sizes["text"] <= 5000
     assert set(texts) < set(texts_of(opened, "train"))
+
+
+def prompted_sources(folder: Path, mark: str) -> dict[str, SourceConfig]:
+    """The same texts in three formats; the prompts, and they alone, hold `mark`."""
+    records = [{"ask": f"{mark * (i % 70)} ", "body": text} for i, text in enumerate(made_up_texts(80, 3))]
+    for kind in ("jsonl", "json"):
+        (folder / f"a.{kind}").write_text("".join(json.dumps(record) + "\n" for record in records))
+    parquet.write_table(pyarrow.Table.from_pylist(records), folder / "a.parquet")
+    kinds = {"jsonl": None, "parquet": None, "stream": "json"}
+    return {
+        kind: SourceConfig(
+            kind=kind, path=str(folder / f"a.{name or kind}"), name=name, field="body", prompt_field="ask"
+        )
+        for kind, name in kinds.items()
+    }
+
+
+def test_prompts_are_in_the_rows_and_never_learned(tmp_path: Path) -> None:
+    """In rows that cut them and rows that do not, from fresh tokens and from the cache, of every kind of record."""
+    sources = prompted_sources(tmp_path, "§")
+    for kind, source in sources.items():
+        config = data_config(tmp_path / "cache", {kind: source})
+        segments = [Segment(row_length=64, rows=2000), Segment(row_length=128, rows=20)]
+        cold, warm = (open_quietly(config, segments=segments) for _ in range(2))
+        for segment in (0, 1):
+            batch, again = (opened.train.rows(segment, 0, 20) for opened in (cold, warm))
+            assert torch.equal(batch.target_BT, again.target_BT)
+            assert "§" in cold.tokenizer.decode(batch.token_BT.flatten().numpy())
+            learned = cold.tokenizer.decode(batch.target_BT[batch.target_BT >= 0].numpy())
+            assert len(learned) > 1000
+            assert "§" not in learned
+        heads = sum(head for chunk in chunks(cold) for head in chunk.heads.tolist())
+        assert learned_in_an_epoch(cold) == sum(map(len, cold.train.documents())) - heads
+
+
+def chunks(opened: Data) -> list[Chunk]:
+    """All chunks of one epoch of the only training source."""
+    [source] = opened.train._sources
+    positions = itertools.takewhile(lambda position: source.locate(position)[0] == 0, itertools.count())
+    return [source.load(*source.locate(position)) for position in positions]
+
+
+def learned_in_an_epoch(opened: Data) -> int:
+    packed = [pack(chunk.lengths, 64) for chunk in chunks(opened)]
+    rows = sum(packing.num_rows for packing in packed)
+    return int((opened.train.rows(0, 0, rows).target_BT >= 0).sum())
+
+
+def test_another_prompt_is_another_document(tmp_path: Path) -> None:
+    opened = []
+    for mark in ("§", "¶"):
+        source = prompted_sources(tmp_path, mark)["jsonl"]
+        opened.append(open_quietly(data_config(tmp_path / "cache", {"a": source}, tokenizer=DEEPSEEK)))
+    assert opened[0].fingerprint != opened[1].fingerprint
+    assert not torch.equal(first_rows(opened[0]), first_rows(opened[1]))
 
 
 def test_progress_is_reported(tmp_path: Path) -> None:

@@ -11,14 +11,18 @@ from pyarrow import parquet
 
 from data.config import SourceConfig
 from data.source import StreamReader, read_documents
-from data.split import order_by_content
-from tests.data.corpus import made_up_texts, write_texts
+from data.split import Text
+from tests.data.corpus import documents_of, made_up_texts, write_texts
 
 TEXTS = made_up_texts(30, 4)
 
 
 def read(report=lambda line: None, **settings: str) -> tuple[str, ...]:
-    return read_documents("mine", SourceConfig(**settings), report).texts
+    return tuple(one.text for one in read_documents("mine", SourceConfig(**settings), report).texts)
+
+
+def read_in_order(texts: list[str]) -> tuple[str, ...]:
+    return tuple(one.text for one in documents_of(texts).texts)
 
 
 def write_json(path: Path, records: list[object]) -> Path:
@@ -80,7 +84,7 @@ def test_jsonl_gives_one_document_per_record(tmp_path: Path) -> None:
     records = [{"body": text, "id": i} for i, text in enumerate(TEXTS)] + [{"body": None}, {"body": ""}]
     path = write_json(tmp_path / "a.jsonl", records)
     path.write_text(path.read_text() + "\n  \n")
-    expected = order_by_content(TEXTS).texts
+    expected = read_in_order(TEXTS)
     assert read(kind="jsonl", path=str(path), field="body") == expected
     assert read(kind="jsonl", path=str(tmp_path), field="body") == expected
 
@@ -107,11 +111,40 @@ def test_a_bad_line_is_named(tmp_path: Path, line: str | bytes, message: str) ->
 def test_parquet_gives_one_document_per_record(tmp_path: Path) -> None:
     for part, texts in enumerate((TEXTS[:20], [*TEXTS[20:], None])):
         parquet.write_table(pyarrow.table({"body": texts, "id": range(len(texts))}), tmp_path / f"{part}.parquet")
-    assert read(kind="parquet", path=str(tmp_path), field="body") == order_by_content(TEXTS).texts
+    assert read(kind="parquet", path=str(tmp_path), field="body") == read_in_order(TEXTS)
     with pytest.raises(ValueError, match=r"mine.field = 'bodi': expected a field of .*0.parquet; the nearest are body"):
         read(kind="parquet", path=str(tmp_path), field="bodi")
     with pytest.raises(ValueError, match=r"mine.field = 'id': expected a field that holds text; .* has int"):
         read(kind="parquet", path=str(tmp_path), field="id")
+
+
+PROMPTED = [{"ask": "q1 ", "text": "one"}, {"ask": None, "text": "two"}, {"ask": "q3 ", "text": ""}]
+BAD_PROMPTS = [
+    ("aks", "asc", r"prompt_field = 'asc': expected a field of .*; the nearest are aks"),
+    ("ask", "number", r"prompt_field = 'number': expected a field that holds text; .* has int"),
+]
+
+
+def test_a_prompt_is_read_with_its_text_from_every_kind_of_record(tmp_path: Path) -> None:
+    path = write_json(tmp_path / "a.jsonl", PROMPTED)
+    parquet.write_table(pyarrow.Table.from_pylist(PROMPTED), tmp_path / "a.parquet")
+    for kind in ("jsonl", "parquet"):
+        config = SourceConfig(kind=kind, path=str(tmp_path / f"a.{kind}"), prompt_field="ask")
+        found = read_documents("mine", config, lambda line: None).texts
+        assert sorted(found) == [Text("one", "q1 "), Text("two")]
+    assert stream_reader(path, prompt_field="ask").read(0, 2) == [Text("one", "q1 "), Text("two")]
+
+
+@pytest.mark.parametrize(("key", "asked", "message"), BAD_PROMPTS)
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_a_prompt_field_that_is_not_there_or_no_text_is_refused(
+    tmp_path: Path, kind: str, key: str, asked: str, message: str
+) -> None:
+    records = [{key: "q", "text": "one", "number": 3}]
+    write_json(tmp_path / "a.jsonl", records)
+    parquet.write_table(pyarrow.Table.from_pylist(records), tmp_path / "a.parquet")
+    with pytest.raises(ValueError, match=r"^data.sources.mine." + message):
+        read(kind=kind, path=str(tmp_path / f"a.{kind}"), prompt_field=asked)
 
 
 def test_a_file_that_is_not_parquet_is_named(tmp_path: Path) -> None:
@@ -128,19 +161,20 @@ def test_a_stream_can_be_read_from_any_record(tmp_path: Path) -> None:
     path = write_json(tmp_path / "a.json", [{"text": text} for text in TEXTS])
     reader = stream_reader(path)
     for first, count in [(0, 7), (7, 7), (14, 7), (3, 4), (3, 4), (28, 7), (35, 7), (0, 30), (0, 31), (100, 1)]:
-        assert reader.read(first, count) == TEXTS[first : first + count]
-        assert stream_reader(path).read(first, count) == TEXTS[first : first + count]
+        expected = [Text(text) for text in TEXTS[first : first + count]]
+        assert reader.read(first, count) == expected
+        assert stream_reader(path).read(first, count) == expected
 
 
 def test_a_stream_counts_records_without_text(tmp_path: Path) -> None:
     path = write_json(tmp_path / "a.json", [{"text": "one"}, {"text": None}, {"text": "three"}])
-    assert stream_reader(path).read(0, 3) == ["one", "", "three"]
+    assert stream_reader(path).read(0, 3) == [Text("one"), Text(""), Text("three")]
 
 
 def test_a_stream_through_an_address(tmp_path: Path) -> None:
     write_json(tmp_path / "a.json", [{"text": text} for text in TEXTS])
     source = SourceConfig(kind="stream", name="json", path=f"file://{tmp_path}/*.json")
-    assert StreamReader("mine", source).read(2, 3) == TEXTS[2:5]
+    assert StreamReader("mine", source).read(2, 3) == [Text(text) for text in TEXTS[2:5]]
 
 
 def test_a_stream_that_cannot_be_opened_or_lacks_the_field_is_refused(tmp_path: Path) -> None:

@@ -9,12 +9,12 @@ import pytest
 import data.store
 from data.cache import write_folder_once
 from data.config import DataConfig, SourceConfig
-from data.split import order_by_content
-from data.store import OFFSETS, TOKENS, TokenStore, open_store
+from data.split import Documents, Text, order_by_content
+from data.store import HEADS, OFFSETS, TOKENS, TokenStore, open_store
 from data.tokenizer import Tokenizer, open_tokenizer
-from tests.data.corpus import data_config, made_up_texts
+from tests.data.corpus import data_config, documents_of, made_up_texts
 
-DOCUMENTS = order_by_content(made_up_texts(40, 6))
+DOCUMENTS = documents_of(made_up_texts(40, 6))
 
 
 @pytest.fixture(scope="module")
@@ -26,15 +26,16 @@ def config(cache: Path) -> DataConfig:
     return data_config(cache, {"a": SourceConfig(kind="stdlib")})
 
 
-def open_quietly(cache: Path, tokenizer: Tokenizer, documents=DOCUMENTS) -> TokenStore:
+def open_quietly(cache: Path, tokenizer: Tokenizer, documents: Documents = DOCUMENTS) -> TokenStore:
     return open_store("a train", documents, tokenizer, config(cache), lambda line: None)
 
 
 def test_each_document_has_its_ids(tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(data.store, "BATCH_BYTES", 1000)
     store = open_quietly(tmp_path, tokenizer)
-    expected = tokenizer.encode_documents(DOCUMENTS.texts)
+    expected, heads = tokenizer.encode_documents(DOCUMENTS.texts)
     assert [ids.tolist() for ids in store.documents()] == [ids.tolist() for ids in expected]
+    assert store.heads.tolist() == heads == [1] * len(expected)
     assert store.num_documents == len(expected)
     assert store.num_tokens == sum(map(len, expected))
     assert store.tokens.dtype == np.int32
@@ -51,13 +52,23 @@ def test_the_second_time_nothing_is_tokenised(
         open_quietly(tmp_path, tokenizer, order_by_content(DOCUMENTS.texts[1:]))
 
 
+def test_prompts_are_kept_apart_in_the_store(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    prompted = order_by_content([*DOCUMENTS.texts, Text("learned", "given "), Text("given learned")])
+    for _ in range(2):
+        store = open_quietly(tmp_path, tokenizer, prompted)
+        for text, ids, head in zip(prompted.texts, store.documents(), store.heads.tolist(), strict=True):
+            assert tokenizer.decode(ids[:head]) == text.prompt
+            assert tokenizer.decode(ids[head:]) == text.text
+    assert sorted(set(store.heads.tolist())) == [1, 1 + len(tokenizer.encode("given "))]
+
+
 def test_another_tokenizer_has_another_store(tmp_path: Path, tokenizer: Tokenizer) -> None:
-    more = order_by_content(made_up_texts(50, 7))
+    more = documents_of(made_up_texts(50, 7))
     other = open_tokenizer(config(tmp_path), lambda: more, lambda line: None)
     assert other.fingerprint != tokenizer.fingerprint
     for chosen in (tokenizer, other):
         store = open_quietly(tmp_path, chosen)
-        assert next(store.documents()).tolist() == chosen.encode_documents(DOCUMENTS.texts[:1])[0].tolist()
+        assert next(store.documents()).tolist() == chosen.encode_documents(DOCUMENTS.texts[:1])[0][0].tolist()
 
 
 def test_several_at_once_leave_one_whole_store(tmp_path: Path, tokenizer: Tokenizer) -> None:
@@ -81,10 +92,11 @@ def test_a_writer_that_dies_leaves_no_store(
     assert open_quietly(tmp_path, tokenizer).num_documents == len(DOCUMENTS.texts)
 
 
-@pytest.mark.parametrize("name", [TOKENS, OFFSETS])
+@pytest.mark.parametrize("name", [TOKENS, OFFSETS, HEADS])
 def test_a_store_cut_short_is_refused(tmp_path: Path, name: str) -> None:
     folder = tmp_path / "store"
-    write_folder_once(folder, {TOKENS: np.arange(9, dtype="<i4"), OFFSETS: np.array([0, 4, 9], "<i8")})
+    arrays = {TOKENS: np.arange(9, dtype="<i4"), OFFSETS: np.array([0, 4, 9], "<i8"), HEADS: np.ones(2, "<i8")}
+    write_folder_once(folder, arrays)
     assert TokenStore(folder).num_tokens == 9
     content = (folder / name).read_bytes()
     (folder / name).write_bytes(content[:-8])

@@ -9,7 +9,7 @@ import pytest
 from data.config import DataConfig, SourceConfig
 from data.open import open_data
 from data.source import StreamReader
-from data.split import content_hash
+from data.split import Text, content_hash
 from data.stream import Segment, Stream
 from tests.data.corpus import data_config, made_up_texts
 
@@ -51,7 +51,7 @@ def test_the_documents_are_those_of_the_stream_in_its_order_split_by_content(con
     held_out = [opened.tokenizer.decode(ids) for ids in opened.validation.documents()]
     assert sorted(trained + held_out) == sorted(TEXTS)
     assert [text for text in TEXTS if text in trained] == trained
-    assert all(int.from_bytes(content_hash(text)[-8:], "big") < 0.2 * 2**64 for text in held_out)
+    assert all(int.from_bytes(content_hash(Text(text))[-8:], "big") < 0.2 * 2**64 for text in held_out)
     assert held_out
     assert (opened.train.num_documents, opened.validation.num_tokens) == (None, None)
 
@@ -84,7 +84,7 @@ def test_a_resumed_run_reads_only_what_it_needs(config: DataConfig, monkeypatch:
     asked: list[int] = []
     read = StreamReader.read
 
-    def counted(self: StreamReader, first: int, count: int) -> list[str]:
+    def counted(self: StreamReader, first: int, count: int) -> list[Text]:
         asked.append(first)
         return read(self, first, count)
 
@@ -111,7 +111,7 @@ def test_every_length_of_stream_ends_where_it_ends(config: DataConfig, tmp_path:
 
 
 def test_a_stream_without_documents_on_one_side_is_refused(config: DataConfig, tmp_path: Path) -> None:
-    held_out = [text for text in TEXTS if int.from_bytes(content_hash(text)[-8:], "big") < 0.2 * 2**64]
+    held_out = [text for text in TEXTS if int.from_bytes(content_hash(Text(text))[-8:], "big") < 0.2 * 2**64]
     trained = [text for text in TEXTS if text not in held_out]
     for texts, missing in ((trained, "validation"), (held_out, "train")):
         write(tmp_path, texts)

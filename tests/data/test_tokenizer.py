@@ -15,12 +15,12 @@ from hypothesis import strategies as st
 import data.tokenizer
 from data.config import SourceConfig, TokenizerConfig
 from data.source import read_documents
-from data.split import Documents, order_by_content
+from data.split import Documents, Text, order_by_content
 from data.tokenizer import Tokenizer, open_tokenizer, training_sample
-from tests.data.corpus import data_config, made_up_texts
+from tests.data.corpus import data_config, documents_of, made_up_texts
 
 ROOT = Path(__file__).parents[2]
-SAMPLE = order_by_content(made_up_texts(60, 5))
+SAMPLE = documents_of(made_up_texts(60, 5))
 SPECIALS = "<|bos|> <|eos|><|pad|> <｜begin▁of▁sentence｜><｜end▁of▁sentence｜> <｜User｜> <think>"
 
 
@@ -51,7 +51,8 @@ def deepseek(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
 @pytest.fixture(scope="module")
 def library() -> list[str]:
     """The shorter files of the standard library, first those with letters beyond ASCII."""
-    texts = read_documents("a", SourceConfig(kind="stdlib"), lambda line: None).texts
+    found = read_documents("a", SourceConfig(kind="stdlib"), lambda line: None)
+    texts = [one.text for one in found.texts]
     short = [text for text in texts if len(text) < 40_000]
     beyond = [text for text in short if not text.isascii()]
     assert len(beyond) >= 10
@@ -85,10 +86,15 @@ def test_a_text_cannot_write_special_tokens(bpe: Tokenizer, deepseek: Tokenizer)
 
 
 def test_a_document_is_its_text_between_bos_and_eos(bpe: Tokenizer) -> None:
-    texts = ["one two", "", "漢字"]
-    for text, document in zip(texts, bpe.encode_documents(texts), strict=True):
+    texts = [Text("one two"), Text(""), Text("漢字"), Text("ha", "alp")]
+    documents, heads = bpe.encode_documents(texts)
+    for text, document in zip(texts, documents, strict=True):
         assert document.dtype == np.int32
-        assert document.tolist() == [bpe.bos_id, *bpe.encode(text).tolist(), bpe.eos_id]
+        ids = [*bpe.encode(text.prompt).tolist(), *bpe.encode(text.text).tolist()]
+        assert document.tolist() == [bpe.bos_id, *ids, bpe.eos_id]
+    assert heads == [1, 1, 1, 1 + len(bpe.encode("alp"))]
+    # A prompt and a text that would share a token together are encoded apart.
+    assert len(bpe.encode("alp")) + len(bpe.encode("ha")) > len(bpe.encode("alpha"))
 
 
 def test_half_a_letter_decodes_to_a_replacement(bpe: Tokenizer) -> None:
@@ -99,13 +105,13 @@ def test_a_trained_vocabulary_is_read_from_the_cache(tmp_path: Path, monkeypatch
     first = open_quietly(tmp_path)
     monkeypatch.setattr(data.tokenizer, "_train_bpe", lambda *args: pytest.fail("trained again"))
     assert open_quietly(tmp_path).fingerprint == first.fingerprint
-    for change in ({"vocab_size": 351}, {"documents": order_by_content([*SAMPLE.texts, "more"])}):
+    for change in ({"vocab_size": 351}, {"documents": order_by_content([*SAMPLE.texts, Text("more")])}):
         with pytest.raises(pytest.fail.Exception, match="trained again"):
             open_quietly(tmp_path, **change)
 
 
 def test_another_process_with_other_threads_trains_the_same(tmp_path: Path, bpe: Tokenizer) -> None:
-    (tmp_path / "texts.json").write_text(json.dumps(SAMPLE.texts))
+    (tmp_path / "texts.json").write_text(json.dumps([one.text for one in SAMPLE.texts]))
     program = (
         "import json, sys; from data.tokenizer import Tokenizer, _train_bpe;"
         "print(Tokenizer(_train_bpe(json.load(open(sys.argv[1])), 350), origin='').fingerprint)"

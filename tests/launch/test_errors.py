@@ -56,6 +56,8 @@ WRONG_TYPES = [
     ("model.rope_scaling=3", "a section with the keys type, factor"),
 ]
 CONTRADICTIONS = [
+    ("data.sources.stdlib.prompt_field=ask", "null: kind=stdlib has no fields"),
+    ("data.sources.stdlib={kind: jsonl, path: a, prompt_field: text}", "another field than field=text"),
     ("model.num_experts_per_tok=999", "at most n_routed_experts="),
     ("model.compress_ratios=[0]", "num_nextn_predict_layers=1"),
     ("schedule.row_length=[{from_tokens: 0, value: 9999999}]", "a step holds at least one row"),

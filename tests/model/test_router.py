@@ -9,7 +9,6 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from model import router
-from model.losses import masked_target
 from model.moe import MoE, balance_sum
 from model.names import load_released
 from model.router import Gate, update_bias
@@ -156,8 +155,3 @@ def test_statistics_count_tokens_of_documents_only(model: Transformer) -> None:
     assert not statistics.entropy_sum.requires_grad
     _, hashed = model.layers[0].ffn(h_BTD, token_BT, document_BT)
     assert hashed.balance_sum is None
-
-
-def test_a_loss_mask_takes_targets_out() -> None:
-    target_BT, learn_BT = torch.tensor([[5, 0, -1, 7]]), torch.tensor([[True, False, True, True]])
-    assert masked_target(target_BT, learn_BT).tolist() == [[5, -1, -1, 7]]
