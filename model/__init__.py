@@ -13,7 +13,7 @@ Tensor names end in shape letters, one legend for the whole project; a letter st
 | ------------------ | -------------------------------------------- | ------------------------------------------------ |
 | R 2.2              | the three mixes of an mHC site               | `model.mhc.mixes`                                |
 | R 2.2 eq. 8        | doubly stochastic; comb = B transposed       | `model.mhc.sinkhorn`                             |
-| R 2.2              | into the layer, and back into the streams    | `model.mhc.collapse`, `model.mhc.expand`         |
+| R 2.2              | into the layer, and back into the streams    | `model.mhc.enter`, `model.mhc.expand`            |
 | R 2.3.1 eqs. 9-12  | overlapped compression, CSA                  | `model.compressor.compress_overlapped`           |
 | R 2.3.1 eqs. 13-17 | index scores, top-k                          | `model.indexer.scores`, `model.indexer.select`   |
 | V3.2 2.1           | the indexer's objective                      | `model.indexer.kl_sum`                           |

@@ -10,8 +10,8 @@ from model.attend import attend
 from model.compressor import Compressor
 from model.config import CSA_RATIO, AttentionMode, ModelConfig
 from model.indexer import Index, Indexer, Target
-from model.layers import Linear, RMSNorm, island_dtype, rms_normalize
-from model.rope import Rotation, rotate
+from model.layers import Linear, RMSNorm, island_dtype
+from model.rope import Rotation, norm_rotate, rotate
 from model.sight import Sight
 from model.visibility import Layout
 
@@ -36,12 +36,16 @@ class Place:
 
 
 class Attention(nn.Module):
-    """wq_a, q_norm, wq_b, wkv, kv_norm, attn_sink, wo_a (G groups), wo_b; compressor and indexer by `ratio`."""
+    """wq_a, q_norm, wq_b, wkv, kv_norm, attn_sink, wo_a (G groups), wo_b; compressor and indexer by `ratio`.
+
+    norm_rotate, rotate, attend and select are seams for kernels: same signatures as the functions of those names.
+    """
 
     def __init__(self, config: ModelConfig, ratio: int, dtype: torch.dtype) -> None:
         super().__init__()
         D, H, C, Q = config.hidden_size, config.num_attention_heads, config.head_dim, config.q_lora_rank
         self.config, self.ratio = config, ratio
+        self.norm_rotate, self.rotate, self.attend, self.select = norm_rotate, rotate, attend, indexer.select
         self.wq_a = Linear(D, Q, dtype)
         self.q_norm = RMSNorm(Q, config.rms_norm_eps, dtype)
         self.wq_b = Linear(Q, H * C, dtype)
@@ -74,16 +78,15 @@ class Attention(nn.Module):
         """q_BTHC, normalised per head and rotated, and the latent qr_BTQ, which the indexer shares."""
         qr_BTQ = self.q_norm(self.wq_a(h_BTD))
         q_BTHC = self.wq_b(qr_BTQ).unflatten(-1, (self.config.num_attention_heads, self.config.head_dim))
-        q_BTHC = rms_normalize(q_BTHC, self.config.rms_norm_eps).to(qr_BTQ.dtype)
-        return rotate(q_BTHC, turn_T), qr_BTQ
+        return self.norm_rotate(q_BTHC, None, self.config.rms_norm_eps, turn_T), qr_BTQ
 
     def keys(self, h_BTD: Tensor, turn_T: Rotation) -> Tensor:
         """kv_BTC: the window's keys, which are its values too, normalised and rotated."""
-        return rotate(self.kv_norm(self.wkv(h_BTD)), turn_T)
+        return self.norm_rotate(self.wkv(h_BTD), self.kv_norm.weight, self.kv_norm.eps, turn_T)
 
     def output(self, o_BTHC: Tensor, turn_T: Rotation) -> Tensor:
         """Rotated back at the query's position, then through the groups: y_BTD."""
-        o_BTHC = rotate(o_BTHC, turn_T, inverse=True)
+        o_BTHC = self.rotate(o_BTHC, turn_T, inverse=True)
         return self.wo_b(self.wo_a(o_BTHC.flatten(2)))
 
     def _attend(
@@ -91,20 +94,20 @@ class Attention(nn.Module):
     ) -> tuple[Tensor, IndexerStatistics | None]:
         dense = Sight(layout=place.layout, window=self.config.sliding_window, ratio=self.ratio)
         if index is None or entry_BSC is None:
-            return attend(q_BTHC, kv_BTC, entry_BSC, self.attn_sink, dense)[0], None
+            return self.attend(q_BTHC, kv_BTC, entry_BSC, self.attn_sink, dense)[0], None
         selected_BTZ, sight = None, dense
         if place.mode == "sparse" or place.measure_recall:
-            selected_BTZ = indexer.select(index, self.config.index_topk, dense)
+            selected_BTZ = self.select(index, self.config.index_topk, dense)
         if place.mode == "sparse" and selected_BTZ is not None:
             sight = dense.restricted(selected_BTZ)
-        o_BTHC, lse_BTH = attend(q_BTHC, kv_BTC, entry_BSC, self.attn_sink, sight)
+        o_BTHC, lse_BTH = self.attend(q_BTHC, kv_BTC, entry_BSC, self.attn_sink, sight)
         target = Target(q_BTHC=q_BTHC.detach(), entry_BSC=entry_BSC.detach(), lse_BTH=lse_BTH)
         counted_BT = place.layout.counted_BT
         kl_sum = indexer.kl_sum(index, target, sight, counted_BT)
         if not place.measure_recall or selected_BTZ is None:
             return o_BTHC, IndexerStatistics(kl_sum=kl_sum, recall=None)
         if sight is not dense:
-            lse_BTH = attend(q_BTHC, kv_BTC, entry_BSC, self.attn_sink, dense)[1]
+            lse_BTH = self.attend(q_BTHC, kv_BTC, entry_BSC, self.attn_sink, dense)[1]
         target = Target(q_BTHC=target.q_BTHC, entry_BSC=target.entry_BSC, lse_BTH=lse_BTH)
         recall = indexer.recall(selected_BTZ, target, dense, counted_BT)
         return o_BTHC, IndexerStatistics(kl_sum=kl_sum, recall=recall)

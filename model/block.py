@@ -31,11 +31,15 @@ class BlockStatistics:
 
 
 class Block(nn.Module):
-    """attn_norm, attn, ffn_norm, ffn and the two mHC sites' hc_*_fn, hc_*_base, hc_*_scale (at least fp32)."""
+    """attn_norm, attn, ffn_norm, ffn and the two mHC sites' hc_*_fn, hc_*_base, hc_*_scale (at least fp32).
+
+    `enter` and `expand` are seams for kernels: same signatures as the functions of `model.mhc`.
+    """
 
     def __init__(self, config: ModelConfig, *, ratio: int, hashed: bool, dtype: torch.dtype) -> None:
         super().__init__()
         self.config = config
+        self.enter, self.expand = mhc.enter, mhc.expand
         D, N, island = config.hidden_size, config.hc_mult, island_dtype(dtype)
         rows = (2 + N) * N
         self.attn_norm = RMSNorm(D, config.rms_norm_eps, dtype)
@@ -53,22 +57,22 @@ class Block(nn.Module):
         self, x_BTND: Tensor, token_BT: Tensor, place: Place, balance: float, indexer: float
     ) -> tuple[Tensor, BlockStatistics]:
         """balance, indexer: scales of this layer's loss terms, attached to the stream by an identity."""
-        pre, post, comb = self.mixes(x_BTND, self.hc_attn_fn, self.hc_attn_base, self.hc_attn_scale)
-        y_BTD, indexed = self.attn(self.attn_norm(mhc.collapse(x_BTND, pre)), place)
+        u_BTD, post, comb = self.site(x_BTND, self.hc_attn_fn, self.hc_attn_base, self.hc_attn_scale)
+        y_BTD, indexed = self.attn(self.attn_norm(u_BTD), place)
         if indexed is not None:
             y_BTD = attach(y_BTD, indexed.kl_sum, indexer)
-        x_BTND = mhc.expand(x_BTND, y_BTD, post, comb)
+        x_BTND = self.expand(x_BTND, y_BTD, post, comb)
 
-        pre, post, comb = self.mixes(x_BTND, self.hc_ffn_fn, self.hc_ffn_base, self.hc_ffn_scale)
-        y_BTD, routed = self.ffn(self.ffn_norm(mhc.collapse(x_BTND, pre)), token_BT, place.layout.document_BT)
+        u_BTD, post, comb = self.site(x_BTND, self.hc_ffn_fn, self.hc_ffn_base, self.hc_ffn_scale)
+        y_BTD, routed = self.ffn(self.ffn_norm(u_BTD), token_BT, place.layout.document_BT)
         if routed.balance_sum is not None:
             y_BTD = attach(y_BTD, routed.balance_sum, balance)
-        return mhc.expand(x_BTND, y_BTD, post, comb), BlockStatistics(router=routed, indexer=indexed)
+        return self.expand(x_BTND, y_BTD, post, comb), BlockStatistics(router=routed, indexer=indexed)
 
-    def mixes(self, x_BTND: Tensor, fn: Tensor, base: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """pre_BTN, post_BTN, comb_BTNN of one of the block's two sites: `mhc.mixes` with the model's constants."""
+    def site(self, x_BTND: Tensor, fn: Tensor, base: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """u_BTD, post_BTN, comb_BTNN of one of the block's two sites: `mhc.enter` with the model's constants."""
         config = self.config
-        return mhc.mixes(
+        return self.enter(
             x_BTND,
             fn,
             base,

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from model.gather import take
 from model.layers import Linear, RMSNorm, fp32_product, island_dtype
-from model.rope import Rotation, rotate
+from model.rope import Rotation, norm_rotate
 from model.visibility import Blocks
 
 
@@ -33,29 +33,17 @@ def compress_overlapped(value_BSMC: Tensor, logit_BSMC: Tensor, has_previous_BS:
     return compress(value, logit)
 
 
-class Compressor(nn.Module):
-    """wkv, wgate [C or 2C, D], ape [m, C or 2C], norm [C]. Returns entries c_BSC, normalised and rotated."""
+def pool(value_BTC: Tensor, logit_BTC: Tensor, ape_MC: Tensor, blocks: Blocks, *, overlap: bool) -> Tensor:
+    """Every block of a batch: its tokens' values weighed by the softmax of logit + ape, by `compress` or overlapped.
 
-    def __init__(
-        self, hidden: int, channels: int, ratio: int, *, overlap: bool, eps: float, dtype: torch.dtype
-    ) -> None:
-        super().__init__()
-        width = 2 * channels if overlap else channels
-        self.overlap = overlap
-        self.wkv = Linear(hidden, width, dtype, fp32_product)
-        self.wgate = Linear(hidden, width, dtype, fp32_product)
-        self.ape = nn.Parameter(torch.empty(ratio, width, dtype=island_dtype(dtype)))
-        self.norm = RMSNorm(channels, eps, dtype)
-
-    def forward(self, h_BTD: Tensor, blocks: Blocks, turn_S: Rotation) -> Tensor:
-        """turn_S: rotation at the position of each block's first token. The result has h's type."""
-        value = _take(self.wkv(h_BTD), blocks)
-        logit = _take(self.wgate(h_BTD), blocks) + self.ape
-        if self.overlap:
-            entry_BSC = compress_overlapped(value, logit, blocks.has_previous_BS)
-        else:
-            entry_BSC = compress(value, logit)
-        return rotate(self.norm(entry_BSC), turn_S).to(h_BTD.dtype)
+    value_BTC, logit_BTC in at least fp32 (C doubled if they overlap); ape_MC: bias by place in the block.
+    Returns [B, S, C] in their type, not normalised yet; slots without a block hold numbers that nobody uses.
+    """
+    value_BSMC = _take(value_BTC, blocks)
+    logit_BSMC = _take(logit_BTC, blocks) + ape_MC
+    if overlap:
+        return compress_overlapped(value_BSMC, logit_BSMC, blocks.has_previous_BS)
+    return compress(value_BSMC, logit_BSMC)
 
 
 def _take(x_BTC: Tensor, blocks: Blocks) -> Tensor:
@@ -66,3 +54,27 @@ def _take(x_BTC: Tensor, blocks: Blocks) -> Tensor:
     inverse_BT = torch.where(blocks.member_BT < 0, -1, blocks.member_BT + rows_B1 * index_BP.shape[1])
     picked = take(x_BTC.flatten(0, 1), index_BP.flatten(), inverse_BT.flatten())
     return picked.unflatten(0, blocks.token_BSM.shape)
+
+
+class Compressor(nn.Module):
+    """wkv, wgate [C or 2C, D], ape [m, C or 2C], norm [C]. Returns entries c_BSC, normalised and rotated.
+
+    `pool` and `norm_rotate` are seams for kernels: same signatures as the functions.
+    """
+
+    def __init__(
+        self, hidden: int, channels: int, ratio: int, *, overlap: bool, eps: float, dtype: torch.dtype
+    ) -> None:
+        super().__init__()
+        width = 2 * channels if overlap else channels
+        self.overlap = overlap
+        self.pool, self.norm_rotate = pool, norm_rotate
+        self.wkv = Linear(hidden, width, dtype, fp32_product)
+        self.wgate = Linear(hidden, width, dtype, fp32_product)
+        self.ape = nn.Parameter(torch.empty(ratio, width, dtype=island_dtype(dtype)))
+        self.norm = RMSNorm(channels, eps, dtype)
+
+    def forward(self, h_BTD: Tensor, blocks: Blocks, turn_S: Rotation) -> Tensor:
+        """turn_S: rotation at the position of each block's first token. The result has h's type."""
+        entry_BSC = self.pool(self.wkv(h_BTD), self.wgate(h_BTD), self.ape, blocks, overlap=self.overlap)
+        return self.norm_rotate(entry_BSC, self.norm.weight, self.norm.eps, turn_S).to(h_BTD.dtype)

@@ -12,10 +12,15 @@ from torch.nn import functional as F
 from model.layers import Linear, at_least_fp32
 
 
-def clamped_swiglu(gate_PF: Tensor, up_PF: Tensor, limit: float) -> Tensor:
-    """silu(min(gate, limit)) * clamp(up, -limit, limit) in at least fp32; the result stays promoted."""
-    gate_PF = at_least_fp32(gate_PF).clamp(max=limit)
-    return F.silu(gate_PF) * at_least_fp32(up_PF).clamp(-limit, limit)
+def clamped_swiglu(gate_PF: Tensor, up_PF: Tensor, weight_P: Tensor | None, limit: float) -> Tensor:
+    """weight * silu(min(gate, limit)) * clamp(up, -limit, limit), computed in at least fp32, in gate's type.
+
+    weight_P: routing weight of each row in at least fp32, None for 1.
+    """
+    inner_PF = F.silu(at_least_fp32(gate_PF).clamp(max=limit)) * at_least_fp32(up_PF).clamp(-limit, limit)
+    if weight_P is not None:
+        inner_PF = inner_PF * weight_P.unsqueeze(-1)
+    return inner_PF.to(gate_PF.dtype)
 
 
 class _GroupedMatmul(torch.autograd.Function):
@@ -52,13 +57,13 @@ def grouped_matmul(x_PD: Tensor, w_EFD: Tensor, counts: list[int]) -> Tensor:
 class Experts(nn.Module):
     """The routed experts of one layer: w1 (gate) and w3 (up) [E, F, D], w2 (down) [E, D, F].
 
-    `grouped_matmul` is the precision seam: same signature as the function above.
+    `grouped_matmul` is the precision seam, `swiglu` a seam for kernels: same signatures as the functions above.
     """
 
     def __init__(self, experts: int, hidden: int, intermediate: int, limit: float, dtype: torch.dtype) -> None:
         super().__init__()
         self.limit = limit
-        self.grouped_matmul = grouped_matmul
+        self.grouped_matmul, self.swiglu = grouped_matmul, clamped_swiglu
         self.w1 = nn.Parameter(torch.empty(experts, intermediate, hidden, dtype=dtype))
         self.w3 = nn.Parameter(torch.empty(experts, intermediate, hidden, dtype=dtype))
         self.w2 = nn.Parameter(torch.empty(experts, hidden, intermediate, dtype=dtype))
@@ -67,19 +72,19 @@ class Experts(nn.Module):
         """x_PD sorted by expert, the routing weight of each pair, rows per expert. Returns y_PD in x's type."""
         gate_PF = self.grouped_matmul(x_PD, self.w1, counts)
         up_PF = self.grouped_matmul(x_PD, self.w3, counts)
-        inner_PF = clamped_swiglu(gate_PF, up_PF, self.limit) * weight_P.unsqueeze(-1)
-        return self.grouped_matmul(inner_PF.to(x_PD.dtype), self.w2, counts)
+        inner_PF = self.swiglu(gate_PF, up_PF, weight_P, self.limit)
+        return self.grouped_matmul(inner_PF, self.w2, counts)
 
 
 class SharedExpert(nn.Module):
-    """The expert every token passes: the same clamped SwiGLU, without a routing weight."""
+    """The expert every token passes: the same clamped SwiGLU, without a routing weight. `swiglu`: as in Experts."""
 
     def __init__(self, hidden: int, intermediate: int, limit: float, dtype: torch.dtype) -> None:
         super().__init__()
-        self.limit = limit
+        self.limit, self.swiglu = limit, clamped_swiglu
         self.w1 = Linear(hidden, intermediate, dtype)
         self.w3 = Linear(hidden, intermediate, dtype)
         self.w2 = Linear(intermediate, hidden, dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.w2(clamped_swiglu(self.w1(x), self.w3(x), self.limit).to(x.dtype))
+        return self.w2(self.swiglu(self.w1(x), self.w3(x), None, self.limit))

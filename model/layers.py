@@ -26,16 +26,21 @@ def rms_normalize(x: Tensor, eps: float) -> Tensor:
     return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
 
 
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """weight * x / sqrt(mean(x^2) + eps) over the last dim, computed in at least fp32, returned in x's type."""
+    return (rms_normalize(x, eps) * weight).to(x.dtype)
+
+
 class RMSNorm(nn.Module):
-    """RMSNorm with weight over the last dim; computed in at least fp32, returned in the caller's type."""
+    """RMSNorm with weight over the last dim. `norm` is a seam for kernels: same signature as `rms_norm`."""
 
     def __init__(self, dim: int, eps: float, dtype: torch.dtype) -> None:
         super().__init__()
-        self.eps = eps
+        self.eps, self.norm = eps, rms_norm
         self.weight = nn.Parameter(torch.ones(dim, dtype=island_dtype(dtype)))
 
     def forward(self, x: Tensor) -> Tensor:
-        return (rms_normalize(x, self.eps) * self.weight).to(x.dtype)
+        return self.norm(x, self.weight, self.eps)
 
 
 def fp32_product(x: Tensor, weight: Tensor) -> Tensor:

@@ -32,6 +32,14 @@ def mixes(
     return pre_BTN, post_BTN, sinkhorn(logits_BTNN, iterations, hc_eps)
 
 
+def enter(
+    x_BTND: Tensor, fn: Tensor, base: Tensor, scale: Tensor, *, iterations: int, hc_eps: float, norm_eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """One site up to its layer: `mixes`, then `collapse` by pre. Returns u_BTD, post_BTN, comb_BTNN."""
+    pre, post, comb = mixes(x_BTND, fn, base, scale, iterations=iterations, hc_eps=hc_eps, norm_eps=norm_eps)
+    return collapse(x_BTND, pre), post, comb
+
+
 def normalized_product(x_BTND: Tensor, fn: Tensor, norm_eps: float) -> Tensor:
     """(fn x) / rms(x) over the flat streams: a weight-less RMSNorm applied after the product. Returns [B, T, rows]."""
     x = at_least_fp32(x_BTND.flatten(2))

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from model.config import ModelConfig, RopeScaling
-from model.layers import at_least_fp32
+from model.layers import at_least_fp32, rms_normalize
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -50,6 +50,12 @@ def rotation(frequency_R: Tensor, position: Tensor, dtype: torch.dtype) -> Rotat
     """cos and sin at integer positions [B, T] in at least fp32 (`dtype`: the type of the island)."""
     angle = position.to(dtype).unsqueeze(-1) * frequency_R.to(device=position.device, dtype=dtype)
     return Rotation(cos=angle.cos(), sin=angle.sin())
+
+
+def norm_rotate(x: Tensor, weight: Tensor | None, eps: float, turn: Rotation) -> Tensor:
+    """RMSNorm over the last dim (without weight if None), then `rotate`; nothing is rounded to x's type between."""
+    normal = rms_normalize(x, eps)
+    return rotate(normal if weight is None else normal * weight, turn).to(x.dtype)
 
 
 def rotate(x: Tensor, turn: Rotation, *, inverse: bool = False) -> Tensor:

@@ -57,14 +57,18 @@ ATTENTION = {
     "values get no gradient of the output": mistake("attend._Attend.backward", (" + p.transpose(1, 2) @ grad_out", "")),
     "scores not scaled": mistake("attend._scores", (" * q_BQHC.shape[-1] ** -0.5", "")),
     "q without its norm per head": mistake(
-        "attention.Attention.queries", ("rms_normalize(q_BTHC, self.config.rms_norm_eps)", "q_BTHC")
+        "attention.Attention.queries",
+        ("self.norm_rotate(q_BTHC, None, self.config.rms_norm_eps, turn_T)", "self.rotate(q_BTHC, turn_T)"),
     ),
     "q latent without norm": mistake(
         "attention.Attention.queries", ("self.q_norm(self.wq_a(h_BTD))", "self.wq_a(h_BTD)")
     ),
-    "kv without norm": mistake("attention.Attention.keys", ("self.kv_norm(self.wkv(h_BTD))", "self.wkv(h_BTD)")),
+    "kv without norm": mistake(
+        "attention.Attention.keys",
+        ("self.norm_rotate(self.wkv(h_BTD), self.kv_norm.weight, self.kv_norm.eps", "self.rotate(self.wkv(h_BTD)"),
+    ),
     "outputs not rotated back": mistake(
-        "attention.Attention.output", ("rotate(o_BTHC, turn_T, inverse=True)", "o_BTHC")
+        "attention.Attention.output", ("self.rotate(o_BTHC, turn_T, inverse=True)", "o_BTHC")
     ),
     "outputs rotated on": mistake("attention.Attention.output", ("inverse=True", "inverse=False")),
     "output groups interleaved": mistake(
@@ -119,12 +123,18 @@ COMPRESSOR = {
     "a missing block before counts as zeros": mistake(
         "compressor.compress_overlapped", ("masked_fill(missing, -torch.inf)", "masked_fill(missing, 0)")
     ),
-    "ape dropped": mistake("compressor.Compressor.forward", (" + self.ape", "")),
+    "ape dropped": mistake("compressor.pool", (" + ape_MC", "")),
     "softmax over channels": mistake("compressor.compress", ("dim=2", "dim=3")),
-    "entries without norm": mistake("compressor.Compressor.forward", ("self.norm(entry_BSC)", "entry_BSC")),
-    "entries normalised after RoPE": mistake(
-        "compressor.Compressor.forward",
-        ("rotate(self.norm(entry_BSC), turn_S)", "self.norm(rotate(entry_BSC, turn_S))"),
+    "entries without the norm's weight": mistake(
+        "compressor.Compressor.forward", ("entry_BSC, self.norm.weight,", "entry_BSC, None,")
+    ),
+    "entries without norm": mistake("rope.norm_rotate", ("rms_normalize(x, eps)", "x")),
+    "norm's weight after RoPE": mistake(
+        "rope.norm_rotate",
+        (
+            "rotate(normal if weight is None else normal * weight, turn)",
+            "(rotate(normal, turn) * (1 if weight is None else weight))",
+        ),
     ),
 }
 

@@ -29,10 +29,7 @@ EXPERTS = {
     "gate and up exchanged": mistake("experts.Experts.forward", ("swiglu(gate_PF, up_PF", "swiglu(up_PF, gate_PF")),
     "routing weight before the clamp": mistake(
         "experts.Experts.forward",
-        (
-            "clamped_swiglu(gate_PF, up_PF, self.limit) * weight_P.unsqueeze(-1)",
-            "clamped_swiglu(gate_PF, up_PF * weight_P.unsqueeze(-1), self.limit)",
-        ),
+        ("(gate_PF, up_PF, weight_P, self.limit)", "(gate_PF, up_PF * weight_P.unsqueeze(-1), None, self.limit)"),
     ),
     "results not put back in token order": mistake(
         "dispatch.LocalDispatcher.combine",

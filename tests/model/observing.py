@@ -15,8 +15,8 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 
-from model import indexer
-from model.block import TermScales
+from model import indexer, mhc
+from model.block import Block, TermScales
 from model.config import CSA_RATIO, AttentionMode
 from model.inventory import released_tensors
 from model.losses import TermCounts, count, cross_entropy_sum, mtp_target
@@ -125,6 +125,13 @@ def observe(
     return {name: value.detach() for name, value in (found | gradients(model)).items()}
 
 
+def mixes_of(block: Block, x_BTND: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """pre, post and comb of a block's attention site."""
+    config, weights = block.config, (block.hc_attn_fn, block.hc_attn_base, block.hc_attn_scale)
+    constants = {"iterations": config.hc_sinkhorn_iters, "hc_eps": config.hc_eps, "norm_eps": config.rms_norm_eps}
+    return mhc.mixes(x_BTND, *weights, **constants)
+
+
 def mtp_inside(document_BT: Tensor) -> Tensor:
     """True where the MTP branch has a token: one whose successor is of the same document, [B, T-1]."""
     return (document_BT[:, :-1] >= 0) & (document_BT[:, 1:] == document_BT[:, :-1])
@@ -167,15 +174,15 @@ def recorded(model: Transformer, rows: Rows) -> Iterator[dict[str, Tensor]]:
     """Streams, chosen experts and selected blocks of every layer, noted while the model runs inside."""
     found: dict[str, Tensor] = {}
     indexed = iter([i for i, ratio in enumerate(model.config.attention_ratios) if ratio == CSA_RATIO])
-    select = indexer.select
 
     def noted_select(*arguments: Any) -> Tensor:
-        selected_BTZ = select(*arguments)
+        selected_BTZ = indexer.select(*arguments)
         found[f"index_topk.{next(indexed)}"] = of_document(selected_BTZ, rows, model.config.index_topk)
         return selected_BTZ
 
     with ExitStack() as stack:
-        stack.enter_context(mock.patch.object(indexer, "select", noted_select))
+        for block in model.blocks():
+            stack.enter_context(mock.patch.object(block.attn, "select", noted_select))
         blocks = {str(i): block for i, block in enumerate(model.layers)}
         for name, block in blocks.items() if not model.mtp else (blocks | {"mtp": model.mtp[0]}).items():
             for handle in note(name, block, rows, found):

@@ -176,9 +176,7 @@ def test_the_indexer_s_divergence_in_chunks(monkeypatch: pytest.MonkeyPatch) -> 
         lse_BTH = attend.attend(q_BTHC, kv_BTC, entry_BSC, sink_H, seen)[1]
         target = indexer.Target(q_BTHC=q_BTHC.detach(), entry_BSC=entry_BSC.detach(), lse_BTH=lse_BTH)
 
-        def divergence(
-            q: Tensor, k: Tensor, w: Tensor, seen: Sight = seen, target: indexer.Target = target
-        ) -> Tensor:
+        def divergence(q: Tensor, k: Tensor, w: Tensor, seen: Sight = seen, target: indexer.Target = target) -> Tensor:
             index = indexer.Index(q_BTIJ=q, k_BSJ=k, w_BTI=w)
             return indexer.kl_sum(index, target, seen, packed.document_BT >= 0)
 

@@ -15,6 +15,7 @@ from model.inventory import released_tensors
 from model.losses import cross_entropy_sum
 from model.names import locate, tensors
 from model.transformer import Transformer
+from tests.model.observing import mixes_of
 from tests.model.released import released_config
 
 DEBUG = released_config("debug")
@@ -71,7 +72,7 @@ def test_streams_start_almost_as_one_ordinary_residual(model: Transformer) -> No
     generator = torch.Generator().manual_seed(0)
     x_BTND = torch.randn(1, 8, 1, DEBUG.hidden_size, generator=generator).expand(-1, -1, 4, -1)
     block = model.layers[0]
-    pre, post, comb = block.mixes(x_BTND, block.hc_attn_fn, block.hc_attn_base, block.hc_attn_scale)
+    pre, post, comb = mixes_of(block, x_BTND)
     # Specification 2: with base 0 and small gates A = 1/2, C = 1, comb = 1/4; but the mixes differ between streams.
     for mix, value in ((pre, 0.5), (post, 1.0), (comb, 0.25)):
         torch.testing.assert_close(mix, torch.full_like(mix, value), rtol=0, atol=0.01)

@@ -20,7 +20,7 @@ from model.rope import frequencies
 from model.router import Gate
 from model.transformer import Transformer
 from tests.model.mistakes import mistake
-from tests.model.observing import LossWeights, build, observe, pack
+from tests.model.observing import LossWeights, build, mixes_of, observe, pack
 from tests.oracles.cases import documents
 from tests.oracles.make_golden import FOLDER
 
@@ -152,7 +152,7 @@ def test_islands_of_a_bf16_model_compute_in_fp32() -> None:
         block, gate = model.layers[1], model.layers[2].ffn.gate
         assert isinstance(gate, Gate)
         route = gate(h_BTD, torch.zeros(1, 50, dtype=torch.int64))
-        pre, post, comb = block.mixes(x_BTND, block.hc_attn_fn, block.hc_attn_base, block.hc_attn_scale)
+        pre, post, comb = mixes_of(block, x_BTND)
         compressor = block.attn.compressor
         projected = {"compressor": compressor.wkv(h_BTD), "gate of the compressor": compressor.wgate(h_BTD)}
         mixes = {"pre": pre, "post": post, "comb": comb}

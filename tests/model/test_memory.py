@@ -14,11 +14,11 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from model import attention, losses, sight
-from model.sight import Chunk, Sight
+from model import losses, sight
 from model.block import TermScales
 from model.config import AttentionMode
 from model.losses import cross_entropy_sum
+from model.sight import Chunk, Sight
 from model.transformer import Transformer
 from tests.model.observing import build
 from tests.oracles.cases import documents
@@ -129,7 +129,8 @@ def attended(chunk: Chunk, T: int) -> Tensor:
 def test_attention_that_keeps_its_scores_is_seen(model: Transformer, monkeypatch: pytest.MonkeyPatch) -> None:
     token_BT = torch.tensor(documents(1, [45], 61))
     right = model(token_BT).h_BTD
-    monkeypatch.setattr(attention, "attend", attend_at_once)
+    for block in model.blocks():
+        monkeypatch.setattr(block.attn, "attend", attend_at_once)
     # The same attention in fp32, up to the order of its sums.
     torch.testing.assert_close(model(token_BT).h_BTD, right, rtol=1e-4, atol=1e-4)
     measured = [measure(model, T, "sparse") for T in LENGTHS]
