@@ -25,7 +25,9 @@ Tensor names end in shape letters, one legend for the whole project; a letter st
 | V3 2.1.2           | sequence-wise balance loss                   | `model.moe.balance_sum`                          |
 | R 2.1              | clamped SwiGLU experts                       | `model.experts.clamped_swiglu`                   |
 | V3 2.2             | multi-token prediction                       | `model.mtp.MTP.predict`                          |
+| R 3.5              | one token from the compressed cache          | `model.decode.step`                              |
 
 R is the V4 report, V3 and V3.2 the earlier ones. `model.transformer` puts it together, `model.names` meets the
-released checkpoint, `model.init` holds the initial values, `model.count` counts parameters and FLOP.
+released checkpoint, `model.init` holds the initial values, `model.count` counts parameters and FLOP. `model.cache` is
+what decoding remembers, `model.count_decode` what it costs, `model.efficiency` the comparison with V3.2.
 """

@@ -106,6 +106,18 @@ def training_flops(config: ModelConfig, row_length: int, mode: AttentionMode) ->
     return RowFlops(row_length=row_length, main=main, mtp=mtp)
 
 
+def forward_macs(config: ModelConfig, positions: int, mode: AttentionMode) -> Counter[str]:
+    """Multiply-adds of the main model's forward pass over one row by part, counted as in `training_flops`.
+
+    The indexer runs in the sparse mode only, where the selection needs it.
+    """
+    macs = _main_macs(config, positions, mode)
+    if mode == "sparse":
+        linear, pair = _indexer_macs(config)
+        macs.update(indexer=positions * linear, indexer_scores=pair * block_pairs(positions, CSA_RATIO))
+    return macs
+
+
 def rule_of_thumb(config: ModelConfig, tokens: int) -> int:
     """6 N_active D: what is usually quoted (spec 6); it knows neither attention nor MTP."""
     return 6 * parameters(config).total_active * tokens
@@ -184,15 +196,17 @@ def _stream_macs(config: ModelConfig, blocks: int) -> int:
 
 def _indexer_flops(config: ModelConfig, positions: int, mode: AttentionMode) -> dict[str, int]:
     """The indexer and its KL loss over one row: its linear maps, and the scores I_ts = sum_h w_th relu(q_th . k_s)."""
-    linear = sum(spec.size for spec in released_tensors(config, experts=1) if _is_indexer_matrix(spec))
+    linear, pair = _indexer_macs(config)
     scored = block_pairs(positions, CSA_RATIO)
     learned = block_pairs(positions, CSA_RATIO, config.index_topk) if mode == "sparse" else scored
-    pair = config.attention_ratios.count(CSA_RATIO) * config.index_n_heads * (config.index_head_dim + 1)
     return {
         "indexer": FLOP_PER_MAC * DETACHED * positions * linear,
         "indexer_scores": FLOP_PER_MAC * pair * (FORWARD * scored + (TRAINED - FORWARD) * learned),
     }
 
 
-def _is_indexer_matrix(spec: TensorSpec) -> bool:
-    return spec.group == "indexer" and spec.kind == "matrix"
+def _indexer_macs(config: ModelConfig) -> tuple[int, int]:
+    """Multiply-adds of all indexers per token in linear maps, and per query-block pair in scores."""
+    specs = released_tensors(config, experts=1)
+    linear = sum(spec.size for spec in specs if spec.group == "indexer" and spec.kind == "matrix")
+    return linear, config.attention_ratios.count(CSA_RATIO) * config.index_n_heads * (config.index_head_dim + 1)

@@ -8,11 +8,12 @@ from typing import Any
 from trainer import metrics
 from trainer.build import Built
 from trainer.folder import RunFolder
-from trainer.observe import Observer
 from trainer.progress import Progress
-from trainer.step import train_step
+from trainer.schedule import StepPlan
+from trainer.step import StepResult, train_step
 from trainer.stop import Stop
 from trainer.tracking import Tracker
+from trainer.validate import HeldOut
 from trainer.writer import Writer
 
 
@@ -27,12 +28,12 @@ class Outlets:
     facts: Mapping[str, Any]
 
 
-def run_steps(built: Built, outlets: Outlets, observer: Observer, first_step: int, stop: Stop, stop_at: int) -> int:
+def run_steps(built: Built, outlets: Outlets, held_out: HeldOut, first_step: int, stop: Stop, stop_at: int) -> int:
     """Train from step `first_step` to `stop_at` or the end, or until `stop()`; saves at the end; returns the step.
 
     A step that was interrupted leaves nothing behind, so the checkpoint is of the last whole one.
     """
-    begun, done, saved, save_s = time.perf_counter(), first_step, first_step, 0.0
+    begun, done, saved = time.perf_counter(), first_step, first_step
     last = min(stop_at, len(built.plans))
     while done < last and not stop():
         started = time.perf_counter()
@@ -42,20 +43,13 @@ def run_steps(built: Built, outlets: Outlets, observer: Observer, first_step: in
             break
         done += 1
         seconds = time.perf_counter() - started
-        row = observer.row(plan, result, seconds) | {"time/save_s": save_s}
-        row["time/observe_s"] = time.perf_counter() - started - seconds
-        if done == first_step + 1:
-            row["speed/product_flops_per_s"] = observer.product_rate
-        row["time/run_s"] = time.perf_counter() - begun
+        row = _row(plan, result, seconds, time.perf_counter() - begun)
         if done % built.config.validation.every_steps == 0 or done == len(built.plans):
-            row |= observer.held_out.measure(built.parts.pool, plan.attention)
-            row["time/validation_s"] = time.perf_counter() - begun - row["time/run_s"]
+            row |= held_out.measure(built.parts.pool, plan.attention)
         _emit(outlets, row)
-        save_s = 0.0
         if done % built.config.checkpoint.every_steps == 0:
-            started = time.perf_counter()
             save(built, outlets, done)
-            saved, save_s = done, time.perf_counter() - started
+            saved = done
     if done > saved:
         save(built, outlets, done)
     return done
@@ -67,8 +61,29 @@ def save(built: Built, outlets: Outlets, done: int) -> None:
     outlets.writer.submit(done, built.tensors(), {"step": done, "facts": dict(outlets.facts)})
 
 
+def _row(plan: StepPlan, result: StepResult, seconds: float, run_s: float) -> dict[str, Any]:
+    tokens = plan.rows * plan.row_length
+    row = {
+        "step": plan.step + 1,
+        "tokens": plan.tokens + tokens,
+        "time/run_s": run_s,
+        "time/step_s": seconds,
+        "speed/tokens_per_s": tokens / seconds,
+        "schedule/rate": plan.rate,
+        "schedule/rows": plan.rows,
+        "schedule/row_length": plan.row_length,
+        "schedule/mtp_weight": plan.mtp_weight,
+        "schedule/attention": plan.attention,
+        "optim/grad_norm": result.update.norm,
+        "optim/clip_scale": result.update.clip_scale,
+    }
+    row |= metrics.losses(result.rows, result.counts)
+    row |= metrics.routing(result.rows, result.counts)
+    return row | {f"optim/update_rms/{group}": rms for group, rms in sorted(result.update.update_rms.items())}
+
+
 def _emit(outlets: Outlets, row: dict[str, Any]) -> None:
     assert all(metrics.is_known(name) for name in row), set(row) - set(metrics.METRICS)
     outlets.folder.append_metrics(row)
-    outlets.tracker.log(row["step"], metrics.scalars(row))
+    outlets.tracker.log(row["step"], row)
     outlets.progress.step(row)
