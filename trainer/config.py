@@ -70,6 +70,17 @@ class ValidationConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class ObserveConfig:
+    """How often the measurements that cost something are made: the load table, the mHC mixes, the clamped share."""
+
+    every_steps: int = 10
+    """Also after the first step and the last; 0 makes none."""
+
+    def __post_init__(self) -> None:
+        require(self.every_steps >= 0, "every_steps", self.every_steps, "at least 0 (0 makes none)")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class SampleConfig:
     """The text generated at the end of a run and by `keel sample`."""
 
@@ -105,6 +116,7 @@ class TrainConfig:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     validation: ValidationConfig = field(default_factory=ValidationConfig)
+    observe: ObserveConfig = field(default_factory=ObserveConfig)
     sample: SampleConfig = field(default_factory=SampleConfig)
 
     def __post_init__(self) -> None:

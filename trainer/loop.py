@@ -8,12 +8,11 @@ from typing import Any
 from trainer import metrics
 from trainer.build import Built
 from trainer.folder import RunFolder
+from trainer.observe import Observer
 from trainer.progress import Progress
-from trainer.schedule import StepPlan
-from trainer.step import StepResult, train_step
+from trainer.step import train_step
 from trainer.stop import Stop
 from trainer.tracking import Tracker
-from trainer.validate import HeldOut
 from trainer.writer import Writer
 
 
@@ -28,12 +27,12 @@ class Outlets:
     facts: Mapping[str, Any]
 
 
-def run_steps(built: Built, outlets: Outlets, held_out: HeldOut, first_step: int, stop: Stop, stop_at: int) -> int:
+def run_steps(built: Built, outlets: Outlets, observer: Observer, first_step: int, stop: Stop, stop_at: int) -> int:
     """Train from step `first_step` to `stop_at` or the end, or until `stop()`; saves at the end; returns the step.
 
     A step that was interrupted leaves nothing behind, so the checkpoint is of the last whole one.
     """
-    begun, done, saved = time.perf_counter(), first_step, first_step
+    begun, done, saved, save_s = time.perf_counter(), first_step, first_step, 0.0
     last = min(stop_at, len(built.plans))
     while done < last and not stop():
         started = time.perf_counter()
@@ -43,13 +42,20 @@ def run_steps(built: Built, outlets: Outlets, held_out: HeldOut, first_step: int
             break
         done += 1
         seconds = time.perf_counter() - started
-        row = _row(plan, result, seconds, time.perf_counter() - begun)
+        row = observer.row(plan, result, seconds) | {"time/save_s": save_s}
+        row["time/observe_s"] = time.perf_counter() - started - seconds
+        if done == first_step + 1:
+            row["speed/product_flops_per_s"] = observer.product_rate
+        row["time/run_s"] = time.perf_counter() - begun
         if done % built.config.validation.every_steps == 0 or done == len(built.plans):
-            row |= held_out.measure(built.parts.pool, plan.attention)
+            row |= observer.held_out.measure(built.parts.pool, plan.attention)
+            row["time/validation_s"] = time.perf_counter() - begun - row["time/run_s"]
         _emit(outlets, row)
+        save_s = 0.0
         if done % built.config.checkpoint.every_steps == 0:
+            started = time.perf_counter()
             save(built, outlets, done)
-            saved = done
+            saved, save_s = done, time.perf_counter() - started
     if done > saved:
         save(built, outlets, done)
     return done
@@ -61,29 +67,8 @@ def save(built: Built, outlets: Outlets, done: int) -> None:
     outlets.writer.submit(done, built.tensors(), {"step": done, "facts": dict(outlets.facts)})
 
 
-def _row(plan: StepPlan, result: StepResult, seconds: float, run_s: float) -> dict[str, Any]:
-    tokens = plan.rows * plan.row_length
-    row = {
-        "step": plan.step + 1,
-        "tokens": plan.tokens + tokens,
-        "time/run_s": run_s,
-        "time/step_s": seconds,
-        "speed/tokens_per_s": tokens / seconds,
-        "schedule/rate": plan.rate,
-        "schedule/rows": plan.rows,
-        "schedule/row_length": plan.row_length,
-        "schedule/mtp_weight": plan.mtp_weight,
-        "schedule/attention": plan.attention,
-        "optim/grad_norm": result.update.norm,
-        "optim/clip_scale": result.update.clip_scale,
-    }
-    row |= metrics.losses(result.rows, result.counts)
-    row |= metrics.routing(result.rows, result.counts)
-    return row | {f"optim/update_rms/{group}": rms for group, rms in sorted(result.update.update_rms.items())}
-
-
 def _emit(outlets: Outlets, row: dict[str, Any]) -> None:
     assert all(metrics.is_known(name) for name in row), set(row) - set(metrics.METRICS)
     outlets.folder.append_metrics(row)
-    outlets.tracker.log(row["step"], row)
+    outlets.tracker.log(row["step"], metrics.scalars(row))
     outlets.progress.step(row)

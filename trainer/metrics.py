@@ -2,9 +2,12 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
+from torch import Tensor
 
+from data.batch import Batch
 from model.losses import TermCounts
 from trainer.row import RowSums
 
@@ -12,14 +15,28 @@ METRICS = {
     "step": "optimizer steps done",
     "tokens": "tokens seen, padding included: rows x row length of all steps so far",
     "time/run_s": "seconds since this process began training",
-    "time/step_s": "seconds of this step",
+    "time/step_s": "seconds of this step; what its five parts leave over is threads that wait for the last row",
+    "time/wait_s": "of which: waiting for the rows of this step",
+    "time/forward_s": "of which: forward passes and losses, summed over rows / rows that run side by side",
+    "time/backward_s": "of which: backward passes, likewise",
+    "time/reduce_s": "of which: adding the rows' gradients exactly, likewise",
+    "time/update_s": "of which: rounding the sums, clip, optimizer, router biases",
+    "time/observe_s": "after this step: making this row, without validation",
+    "time/validation_s": "after this step: the held-out loss",
+    "time/save_s": "before this step: handing a checkpoint to its writer, 0 where none was due",
     "speed/tokens_per_s": "tokens of this step per second of it",
+    "speed/model_flops_per_s": "`model.count.training_flops` of the step, rows as one document each, per second of it",
+    "speed/product_flops_per_s": "measured FLOP/s of matrix products, all threads; in the first row of a session",
+    "speed/utilisation": "speed/model_flops_per_s over the session's speed/product_flops_per_s",
+    "memory/peak_bytes": "most memory so far: of the GPU where there is one, else of the process",
+    "memory/rss_bytes": "memory of the process",
     "schedule/rate": "learning rate of this step",
     "schedule/rows": "rows of this step",
     "schedule/row_length": "tokens per row",
     "schedule/mtp_weight": "weight of the MTP loss",
     "schedule/attention": "dense, indexer_warmup or sparse",
     "loss/lm": "next-token loss, nats per target",
+    "loss/bits_per_byte": "loss/lm in bits per byte of training text",
     "loss/mtp": "MTP loss, nats per target",
     "loss/balance": "sequence-wise balance loss before its weight, mean over learned layers; 1 is perfect balance",
     "loss/indexer": "KL(attention || indexer), nats per token that sees a block, mean over CSA layers",
@@ -27,19 +44,37 @@ METRICS = {
     "optim/clip_scale": "factor applied to the gradients by the clip, 1 if none",
     "router/load_max_ratio": "tokens of the fullest expert over the mean, mean over learned layers",
     "router/entropy_nats": "entropy of a token's normalised router scores, mean over tokens and layers",
+    "router/dead_experts": "experts of learned layers that no token went to in this step",
+    "router/bias_min": "smallest router bias of the learned layers, after this step",
+    "router/bias_max": "largest router bias of the learned layers, after this step",
+    "router/load_LE": "tokens of this step by layer and expert, hash layers included, the MTP block last",
     "validation/loss": "next-token loss on held-out rows, nats per target",
     "validation/bits_per_byte": "the same in bits per byte of text",
     "validation/mtp_loss": "MTP loss on held-out rows, nats per target",
     "validation/load_max_ratio": "router/load_max_ratio on held-out rows",
     "indexer/kl_nats": "loss/indexer on held-out rows",
     "indexer/recall": "share of the indexer's picks that are top-k of the dense attention's mass; held-out rows",
+    "indexer/recall_L": "indexer/recall by layer, null where a layer has no indexer",
 }
-"""Update sizes come as `optim/update_rms/GROUP`: RMS of the update of each parameter group, rate included."""
+"""Names that end in shape letters are nested lists: they stand in `metrics.jsonl` only."""
+
+FAMILIES = {
+    "loss/source/NAME": "next-token loss, nats per target, of the rows of one data source",
+    "optim/update_rms/GROUP": "RMS of the update of a parameter group, rate included",
+    "optim/weight_rms/GROUP": "RMS of the weights of a parameter group, after this step",
+}
+"""Names of which there is one for each data source or parameter group."""
 
 
 def is_known(name: str) -> bool:
-    """True for a name of the table."""
-    return name in METRICS or name.startswith("optim/update_rms/")
+    """True for a name of the tables."""
+    prefix, _, last = name.rpartition("/")
+    return name in METRICS or (last != "" and prefix in {family.rpartition("/")[0] for family in FAMILIES})
+
+
+def scalars(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A row without its nested lists."""
+    return {name: value for name, value in row.items() if not isinstance(value, list)}
 
 
 def losses(rows: Sequence[RowSums], counts: TermCounts) -> dict[str, float]:
@@ -56,33 +91,68 @@ def losses(rows: Sequence[RowSums], counts: TermCounts) -> dict[str, float]:
     return result
 
 
+def by_source(rows: Sequence[RowSums], batch: Batch, names: Sequence[str]) -> dict[str, float]:
+    """loss/source/NAME for each source with a target in this step; a row is of one source."""
+    target_B, nats = (batch.target_BT >= 0).sum(1), torch.tensor([row.lm for row in rows], dtype=torch.float64)
+    result = {}
+    for number, name in enumerate(names):
+        mine_B = batch.source_B == number
+        if targets := int(target_B[mine_B].sum()):
+            result[f"loss/source/{name}"] = math.fsum(nats[mine_B].tolist()) / targets
+    return result
+
+
+def bits_per_byte(rows: Sequence[RowSums], num_bytes: int) -> float:
+    """Next-token loss in bits per byte of the text of all targets."""
+    return _ratio(math.fsum(row.lm for row in rows) / math.log(2), num_bytes)
+
+
 def routing(rows: Sequence[RowSums], counts: TermCounts) -> dict[str, float]:
     """Load and entropy of the learned layers over all rows."""
     learned = [i for i, term in enumerate(rows[0].balance_L) if term is not None]
     if not learned:
         return {}
-    load_LE = torch.stack([row.load_LE for row in rows]).sum(0)[learned]
+    load_LE = load(rows)[learned]
     ratios = [_ratio(int(load_E.max()) * load_E.numel(), int(load_E.sum())) for load_E in load_LE]
     entropy = math.fsum(row.entropy_L[i] for row in rows for i in learned)
     return {
         "router/load_max_ratio": math.fsum(ratios) / len(ratios),
         "router/entropy_nats": _ratio(entropy, counts.tokens * len(learned)),
+        "router/dead_experts": int((load_LE == 0).sum()),
     }
 
 
-def validation(rows: Sequence[RowSums], counts: TermCounts, num_bytes: int) -> dict[str, float]:
+def load(rows: Sequence[RowSums]) -> Tensor:
+    """Tokens per layer and expert over all rows, int64 load_LE, the MTP block last."""
+    return torch.stack([row.load_LE for row in rows]).sum(0)
+
+
+def validation(rows: Sequence[RowSums], counts: TermCounts, num_bytes: int) -> dict[str, Any]:
     """The held-out metrics. num_bytes: bytes of text of all targets."""
     values = losses(rows, counts)
-    nats = math.fsum(row.lm for row in rows)
-    result = {"validation/loss": values["loss/lm"], "validation/bits_per_byte": _ratio(nats / math.log(2), num_bytes)}
-    picks = sum(row.recall[1] for row in rows)
-    optional: Mapping[str, float | None] = {
+    result = {"validation/loss": values["loss/lm"], "validation/bits_per_byte": bits_per_byte(rows, num_bytes)}
+    recall_L = _recall(rows)
+    recall = _share(recall_L)
+    optional = {
         "validation/mtp_loss": values.get("loss/mtp"),
         "validation/load_max_ratio": routing(rows, counts).get("router/load_max_ratio"),
         "indexer/kl_nats": values.get("loss/indexer"),
-        "indexer/recall": sum(row.recall[0] for row in rows) / picks if picks else None,
+        "indexer/recall": recall,
+        "indexer/recall_L": None if recall is None else [_share([of_layer]) for of_layer in recall_L],
     }
     return result | {name: value for name, value in optional.items() if value is not None}
+
+
+def _recall(rows: Sequence[RowSums]) -> list[tuple[int, int]]:
+    """(hits, picks) by layer over all rows, no picks where no indexer was measured."""
+    layers = zip(*(row.recall_L for row in rows), strict=True)
+    found = [[recall for recall in layer if recall is not None] for layer in layers]
+    return [(sum(hits for hits, _ in layer), sum(picks for _, picks in layer)) for layer in found]
+
+
+def _share(recall_L: Sequence[tuple[int, int]]) -> float | None:
+    hits, picks = sum(hits for hits, _ in recall_L), sum(picks for _, picks in recall_L)
+    return hits / picks if picks else None
 
 
 def _layer_mean(values_by_row: Sequence[Sequence[float | None]], count: int) -> float | None:

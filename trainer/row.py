@@ -10,6 +10,7 @@ from model.block import BlockStatistics, TermScales
 from model.config import AttentionMode
 from model.losses import TermCounts, count, cross_entropy_sum, mtp_target
 from model.transformer import Output, Transformer
+from trainer.laps import Laps
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -17,7 +18,7 @@ class RowSums:
     """Sums over one row. Losses in nats: lm, mtp over targets; balance, indexer by layer, None where a layer has none.
 
     load_LE: int64 counted tokens per expert and layer, the MTP block last. entropy_L: router entropy by layer.
-    recall: (hits, picks) of the indexer over all CSA layers, if measured.
+    recall_L: (hits, picks) of the indexer by layer, None where a layer has none or it was not measured.
     """
 
     lm: float
@@ -26,7 +27,7 @@ class RowSums:
     indexer_L: tuple[float | None, ...]
     load_LE: Tensor
     entropy_L: tuple[float, ...]
-    recall: tuple[int, int]
+    recall_L: tuple[tuple[int, int] | None, ...]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -72,21 +73,25 @@ def count_rows(batch: Batch) -> TermCounts:
     return count(batch.target_BT, batch.document_BT, batch.position_BT)
 
 
-def learn(model: Transformer, row: Batch, mode: AttentionMode, weights: Weights) -> RowSums:
-    """Forward and backward of one row, all terms. Gradients are left in the parameters' `grad`."""
+def learn(model: Transformer, row: Batch, mode: AttentionMode, weights: Weights, laps: Laps | None = None) -> RowSums:
+    """Forward and backward of one row, all terms. Gradients are left in the parameters' `grad`; two laps if timed."""
     output = model(row.token_BT, row.document_BT, row.position_BT, mode=mode, scales=weights.layers)
     lm, mtp = _heads(model, output, row)
+    _mark(laps)
     (lm * weights.lm + mtp * weights.mtp).backward()
+    _mark(laps)
     return _sums(output, lm, mtp)
 
 
-def learn_indexer(model: Transformer, row: Batch, weights: Weights) -> RowSums:
+def learn_indexer(model: Transformer, row: Batch, weights: Weights, laps: Laps | None = None) -> RowSums:
     """Forward with dense attention and backward of the indexers' terms alone (warm-up stage, V3.2 2.1)."""
     output = model(row.token_BT, row.document_BT, row.position_BT, mode="indexer_warmup")
     terms = [layer.indexer.kl_sum for layer in output.layers if layer.indexer is not None]
-    (torch.stack(terms).sum() * weights.layers.indexer).backward()
     with torch.no_grad():
         lm, mtp = _heads(model, output, row)
+    _mark(laps)
+    (torch.stack(terms).sum() * weights.layers.indexer).backward()
+    _mark(laps)
     return _sums(output, lm, mtp)
 
 
@@ -109,7 +114,7 @@ def _heads(model: Transformer, output: Output, row: Batch) -> tuple[Tensor, Tens
 def _sums(output: Output, lm: Tensor, mtp: Tensor) -> RowSums:
     layers: tuple[BlockStatistics, ...] = output.layers + ((output.mtp,) if output.mtp else ())
     indexers = [layer.indexer for layer in layers]
-    recalls = [of.recall.tolist() for of in indexers if of is not None and of.recall is not None]
+    recalls = [None if of is None else of.recall for of in indexers]
     return RowSums(
         lm=lm.item(),
         mtp=mtp.item(),
@@ -117,8 +122,13 @@ def _sums(output: Output, lm: Tensor, mtp: Tensor) -> RowSums:
         indexer_L=tuple(None if of is None else of.kl_sum.item() for of in indexers),
         load_LE=torch.stack([layer.router.load_E for layer in layers]).cpu(),
         entropy_L=tuple(layer.router.entropy_sum.item() for layer in layers),
-        recall=(sum(hits for hits, _ in recalls), sum(picks for _, picks in recalls)),
+        recall_L=tuple(None if recall is None else (int(recall[0]), int(recall[1])) for recall in recalls),
     )
+
+
+def _mark(laps: Laps | None) -> None:
+    if laps is not None:
+        laps.mark()
 
 
 def _number(term: Tensor | None) -> float | None:

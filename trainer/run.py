@@ -12,10 +12,12 @@ from trainer import checkpoint, folder, provenance
 from trainer.build import Built, attention_after, build, read_data
 from trainer.checkpoint import Loaded
 from trainer.config import TrainConfig
-from trainer.device import settle
+from trainer.device import DTYPES, settle
 from trainer.folder import FINISHED, RunFolder
 from trainer.loop import Outlets, run_steps
+from trainer.machine import product_rate
 from trainer.manifest import CheckpointError
+from trainer.observe import Observer
 from trainer.progress import Progress
 from trainer.sample import generate
 from trainer.stop import Stop, on_signals
@@ -116,7 +118,12 @@ def _resume(config: TrainConfig, run_folder: RunFolder, session: Session) -> int
 
 def _run(built: Built, run_folder: RunFolder, facts: Mapping[str, Any], loaded: Loaded | None, session: Session) -> int:
     config, first_step = built.config, loaded.step if loaded else 0
-    held_out = hold_out(built.data, config.validation.rows)
+    parts = built.parts
+    observer = Observer(
+        built=built,
+        held_out=hold_out(built.data, config.validation.rows),
+        product_rate=product_rate(parts.pool, parts.device, DTYPES[config.precision.dtype]),
+    )
     progress = Progress(len(built.plans), _total_tokens(built), as_json=session.json)
     outlets = Outlets(
         folder=run_folder,
@@ -129,7 +136,7 @@ def _run(built: Built, run_folder: RunFolder, facts: Mapping[str, Any], loaded: 
     stop, done = Stop(), first_step
     try:
         with on_signals(stop), closing(outlets.writer):
-            done = run_steps(built, outlets, held_out, first_step, stop, session.stop_at)
+            done = run_steps(built, outlets, observer, first_step, stop, session.stop_at)
     except BaseException as error:
         run_folder.end(f"{type(error).__name__}: {error}", done)
         if isinstance(error, TRAINING_FAILURES):
@@ -144,7 +151,7 @@ def _run(built: Built, run_folder: RunFolder, facts: Mapping[str, Any], loaded: 
         run_folder.end(reason, done)
         progress.say(f"stopped after step {done} ({reason}), saved. To go on: {_command('resume', run_folder)}")
         return EXIT_CODES.get(reason, 0)
-    _finish(built, run_folder, held_out, progress)
+    _finish(built, run_folder, observer.held_out, progress)
     run_folder.end(FINISHED, done)
     return 0
 

@@ -4,12 +4,14 @@ A row is a leaf: it runs alone, and its gradients enter an order-free sum. So th
 rows are grouped nor on who computes them (promise 3 of the design).
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from data.batch import Batch
 from data.stream import Stream
 from model.config import AttentionMode
 from model.names import alias_of
@@ -18,6 +20,7 @@ from model.transformer import Transformer
 from optim.optimizer import Optimizer, UpdateStats
 from trainer import row
 from trainer.config import LossConfig
+from trainer.laps import Laps
 from trainer.parallel.reduce import ExactSum
 from trainer.pool import RowPool
 from trainer.row import RowSums, TermCounts
@@ -42,18 +45,33 @@ class Parts:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class StepSeconds:
+    """Where a step's time went. forward, backward, reduce: summed over rows, divided by the rows side by side."""
+
+    wait: float
+    forward: float
+    backward: float
+    reduce: float
+    update: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class StepResult:
     """What a step leaves for the metrics."""
 
+    batch: Batch
     counts: TermCounts
     rows: tuple[RowSums, ...]
     update: UpdateStats
+    seconds: StepSeconds
 
 
 def train_step(parts: Parts, plan: StepPlan, stopped: Callable[[], bool]) -> StepResult | None:
     """Run one step; None, with nothing changed, if `stopped()` turned true between two rows."""
     frozen = frozen_groups(plan.attention, parts.groups)
+    whole_step = Laps(parts.device)
     batch = parts.stream.rows(plan.segment, plan.first_row, plan.rows)
+    whole_step.mark()
     counts = row.count_rows(batch)
     weights = row.weigh(
         counts, mtp=plan.mtp_weight, balance=parts.loss.balance_weight, indexer=parts.loss.indexer_weight
@@ -61,26 +79,34 @@ def train_step(parts: Parts, plan: StepPlan, stopped: Callable[[], bool]) -> Ste
     _train_only(parts, frozen)
     parts.sums.reset()
 
+    row_laps: list[Laps] = []
+
     def leaf(model: Transformer, index: int) -> RowSums | None:
         if stopped():
             return None
+        laps = Laps(parts.device)
         one = row.pick(batch, index, parts.device)
         if plan.attention == "indexer_warmup":
-            result = row.learn_indexer(model, one, weights)
+            result = row.learn_indexer(model, one, weights, laps)
         else:
-            result = row.learn(model, one, plan.attention, weights)
+            result = row.learn(model, one, plan.attention, weights, laps)
         _collect(model, parts.sums)
+        laps.mark()
+        row_laps.append(laps)
         return result
 
     results = list(parts.pool.map(leaf, range(plan.rows)))
     whole = [result for result in results if result is not None]
     if len(whole) < plan.rows:
         return None
+    whole_step.mark()
     gradients = _trained(parts, parts.sums.result(), frozen)
     update = parts.optimizer.step(gradients, rate=plan.rate, frozen_groups=frozen)
     if plan.attention != "indexer_warmup":
         update_biases(parts.model, whole, parts.loss.bias_update_speed)
-    return StepResult(counts=counts, rows=tuple(whole), update=update)
+    whole_step.mark()
+    seconds = _seconds(whole_step, row_laps, len(parts.pool.views))
+    return StepResult(batch=batch, counts=counts, rows=tuple(whole), update=update, seconds=seconds)
 
 
 def frozen_groups(mode: AttentionMode, groups: dict[str, str]) -> frozenset[str]:
@@ -97,6 +123,15 @@ def update_biases(model: Transformer, rows: list[RowSums], speed: float) -> None
         gate = block.ffn.gate
         if not gate.hashed:
             update_bias(gate.bias, load_E.to(gate.bias.device), speed)
+
+
+def _seconds(whole_step: Laps, rows: list[Laps], threads: int) -> StepSeconds:
+    """Laps of the step: wait, rows, update; of a row: forward, backward, reduce."""
+    wait, _, update = whole_step.seconds()
+    side_by_side = min(threads, len(rows))
+    by_part = zip(*(laps.seconds() for laps in rows), strict=True)
+    forward, backward, reduce = (math.fsum(part) / side_by_side for part in by_part)
+    return StepSeconds(wait=wait, forward=forward, backward=backward, reduce=reduce, update=update)
 
 
 def _train_only(parts: Parts, frozen: frozenset[str]) -> None:

@@ -1,6 +1,7 @@
 """The held-out loss, on the same rows every time, and the bigram model it is compared with."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,7 +24,7 @@ class HeldOut:
     batch: Batch
     byte_count_V: Tensor
 
-    def measure(self, pool: RowPool, mode: AttentionMode) -> dict[str, float]:
+    def measure(self, pool: RowPool, mode: AttentionMode) -> dict[str, Any]:
         """The metrics named validation/* and indexer/*; the model is not changed."""
         device = pool.model.embed.weight.device
         target_BT = self.batch.target_BT
@@ -32,14 +33,18 @@ class HeldOut:
             return row.measure(model, row.pick(self.batch, index, device), mode)
 
         rows = list(pool.map(measure, range(len(target_BT))))
-        num_bytes = int(self.byte_count_V[target_BT[target_BT >= 0]].sum())
-        return metrics.validation(rows, row.count_rows(self.batch), num_bytes)
+        return metrics.validation(rows, row.count_rows(self.batch), count_bytes(target_BT, self.byte_count_V))
 
     def bigram(self, data: Data) -> Bigram:
         """The bigram model of the whole training split on exactly these targets."""
         learned_BT = self.batch.target_BT >= 0
         previous_P, target_P = self.batch.token_BT[learned_BT].numpy(), self.batch.target_BT[learned_BT].numpy()
         return bigram(data.train.documents(), previous_P, target_P, data.tokenizer.vocab_size)
+
+
+def count_bytes(target_BT: Tensor, byte_count_V: Tensor) -> int:
+    """Bytes of text that all targets >= 0 stand for."""
+    return int(byte_count_V[target_BT[target_BT >= 0]].sum())
 
 
 def hold_out(data: Data, rows: int) -> HeldOut:

