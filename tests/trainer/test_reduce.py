@@ -2,6 +2,7 @@
 
 import random
 import threading
+from fractions import Fraction
 
 import pytest
 import torch
@@ -41,6 +42,47 @@ def test_any_order_gives_the_same_bits(seed: int, count: int, order: random.Rand
     mixed = parts[:]
     order.shuffle(mixed)
     assert all(torch.equal(value, add_all(mixed)[name]) for name, value in add_all(parts).items())
+
+
+def check_against_fractions(seed: int, sizes: list[float], dtype: torch.dtype) -> None:
+    """Every leaf rounded to the unit, to even, and added as whole numbers, gives the sum to the bit."""
+    generator = torch.Generator().manual_seed(seed)
+    total = ExactSum(SHAPES, torch.float64, torch.device("cpu"))
+    units = [0] * 7
+    for size in sizes:
+        leaf = ((torch.rand(7, generator=generator, dtype=torch.float64) * 2 - 1) * size).to(dtype)
+        leaf[0] = size
+        total.add("b", leaf)
+        units = [
+            unit + round(Fraction(value) * 2**FRACTION_BITS) for unit, value in zip(units, leaf.tolist(), strict=True)
+        ]
+    assert total.result()["b"].tolist() == [float(Fraction(unit, 2**FRACTION_BITS)) for unit in units]
+
+
+SIZES = st.sampled_from(
+    [0.0, 1e-30, 2.0**-49, 3 * 2.0**-49, 2.0**-26, 1e-7, 1e-3, 1.0, 7.999, -7.999, 8.0, 15.0, 900.0]
+)
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    seed=st.integers(0, 1000),
+    sizes=st.lists(SIZES, min_size=1, max_size=12),
+    dtype=st.sampled_from([torch.float64, torch.float32, torch.bfloat16]),
+)
+def test_each_leaf_is_rounded_to_the_unit_and_added_exactly(seed: int, sizes: list[float], dtype: torch.dtype) -> None:
+    check_against_fractions(seed, sizes, dtype)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("REACH", 16.0), ("CENTRE", 16.0), ("CENTRE_BITS", reduce.CENTRE_BITS + 1), ("CENTRE", 48.0)]
+)
+def test_a_mistake_in_the_rounding_is_seen(monkeypatch: pytest.MonkeyPatch, name: str, value: float) -> None:
+    monkeypatch.setattr(reduce, name, value)
+    with pytest.raises(AssertionError):
+        check_against_fractions(0, [1e-3, 15.0, -15.0, 2.0**-26], torch.float64)
+    with pytest.raises(AssertionError):
+        check_against_fractions(0, [5.0, 2.0**-26, 15.0, 10.0], torch.float64)
 
 
 def test_a_plain_sum_would_not() -> None:

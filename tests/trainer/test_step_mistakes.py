@@ -22,8 +22,9 @@ Patch = pytest.MonkeyPatch
 def float_sums(patch: Patch) -> None:
     """Rows are added as they come, in floating point."""
 
-    def add(self: ExactSum, name: str, leaf: Tensor, total: Tensor, largest: float) -> None:
-        summed = total.view(torch.float64).float() + leaf
+    def add(self: ExactSum, name: str, leaf_P: Tensor, largest: float) -> None:
+        total = self._sums[name].view(-1)
+        summed = total.view(torch.float64).float() + leaf_P
         total.copy_(summed.double().view(torch.int64))
         self._largest[name] += largest
 
