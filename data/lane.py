@@ -23,6 +23,17 @@ class _Plan:
     """Which packed row comes at each place: int64 [rows]."""
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Origin:
+    """Where a row comes from: pieces of `documents`, numbered within a chunk of an epoch, from tokens `starts` on."""
+
+    epoch: int
+    chunk: int
+    documents: np.ndarray
+    starts: np.ndarray
+    lengths: np.ndarray
+
+
 class Lane:
     """Rows 0, 1, 2, ... of one source, from the chunk at `first_position` on."""
 
@@ -38,18 +49,29 @@ class Lane:
 
     def row(self, index: int) -> Row:
         """Return row `index`; finding it packs every chunk before it once in the life of this object."""
+        origin = self.origin(index)
+        return Row(
+            chunk=self._chunks.load(origin.epoch, origin.chunk),
+            documents=origin.documents,
+            starts=origin.starts,
+            lengths=origin.lengths,
+            source=self._source,
+        )
+
+    def origin(self, index: int) -> Origin:
+        """Return where the pieces of row `index` come from, in their order."""
         self._count(index + 1)
         passed = bisect.bisect_right(self._ends, index)
         epoch, number = self._place(self._first_position + passed)
         plan = self._plan(epoch, number)
         row = plan.order[index - (self._ends[passed - 1] if passed else 0)]
         pieces = slice(plan.packing.row_starts[row], plan.packing.row_starts[row + 1])
-        return Row(
-            chunk=self._chunks.load(epoch, number),
+        return Origin(
+            epoch=epoch,
+            chunk=number,
             documents=plan.packing.documents[pieces],
             starts=plan.packing.starts[pieces],
             lengths=plan.packing.lengths[pieces],
-            source=self._source,
         )
 
     def next_position(self, rows: int) -> int:

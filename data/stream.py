@@ -8,7 +8,7 @@ import numpy as np
 
 from data.batch import Batch, build_batch
 from data.chunks import Chunks
-from data.lane import Lane
+from data.lane import Lane, Origin
 from data.mixture import Blend
 from data.split import SplitName
 
@@ -83,6 +83,11 @@ class Stream:
             for source, index in zip(sources.tolist(), indices.tolist(), strict=True)
         ]
         return build_batch(rows, self.segments[segment].row_length, self._padding_id)
+
+    def origin(self, segment: int, number: int) -> Origin:
+        """Return where the pieces of one row of a segment come from, in their order."""
+        (source,), (index,) = self._blend.locate(np.arange(number, number + 1))
+        return self._lane(segment, int(source)).origin(int(index))
 
     def require_documents(self) -> None:
         """Raise ValueError when a source has no document of this split; reads at most one chunk of most streams."""

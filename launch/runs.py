@@ -1,4 +1,4 @@
-"""Finding a run: its folder, or its name under `runs/`."""
+"""Finding a run: its folder, or its name under `runs/`; and the folder of a crash."""
 
 import difflib
 from pathlib import Path
@@ -16,3 +16,11 @@ def find_run(word: str, runs_dir: Path = Path("runs")) -> Path:
     hint = f"; did you mean {close[0]}?" if close else ""
     there = f"{runs_dir}/ has {', '.join(names)}" if names else f"{runs_dir}/ has none yet"
     raise ValueError(f"RUN = {word}: expected the folder of a run or its name ({there}){hint}")
+
+
+def find_crash(word: str) -> Path:
+    """A crash folder; raises ValueError where there is none."""
+    folder = Path(word)
+    if not word or not (folder / CONFIG_FILE).is_file():
+        raise ValueError(f"--replay = {word}: expected a crash folder, such as RUN/crashes/step-000123")
+    return folder

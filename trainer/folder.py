@@ -168,6 +168,11 @@ def create(
     return run
 
 
+def config_text(config: Mapping[str, Any]) -> str:
+    """The content of config.yaml: a resolved configuration without its secrets."""
+    return yaml.safe_dump(redact.values(config), sort_keys=False, allow_unicode=True)
+
+
 def find_unfinished(runs_dir: Path, name: str, config_identity: str) -> RunFolder | None:
     """The latest run of this name and configuration that has not finished, whether it is being trained or not."""
     pattern = re.compile(rf"{re.escape(name)}-{config_identity[:_ID_DIGITS]}(?:-(\d+))?")
@@ -198,7 +203,7 @@ def _fill(
     for file in ("history.jsonl", "metrics.jsonl"):
         (path / file).touch()
     texts = {
-        "config.yaml": yaml.safe_dump(redact.values(config), sort_keys=False, allow_unicode=True),
+        "config.yaml": config_text(config),
         "overrides.txt": "".join(f"{redact.override(line)}\n" for line in overrides),
         "dirty.patch": patch,
         "provenance.json": json.dumps(redact.values(about), indent=1) + "\n",

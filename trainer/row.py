@@ -76,7 +76,7 @@ def count_rows(batch: Batch) -> TermCounts:
 def learn(model: Transformer, row: Batch, mode: AttentionMode, weights: Weights, laps: Laps | None = None) -> RowSums:
     """Forward and backward of one row, all terms. Gradients are left in the parameters' `grad`; two laps if timed."""
     output = model(row.token_BT, row.document_BT, row.position_BT, mode=mode, scales=weights.layers)
-    lm, mtp = _heads(model, output, row)
+    lm, mtp = heads(model, output, row)
     _mark(laps)
     (lm * weights.lm + mtp * weights.mtp).backward()
     _mark(laps)
@@ -88,7 +88,7 @@ def learn_indexer(model: Transformer, row: Batch, weights: Weights, laps: Laps |
     output = model(row.token_BT, row.document_BT, row.position_BT, mode="indexer_warmup")
     terms = [layer.indexer.kl_sum for layer in output.layers if layer.indexer is not None]
     with torch.no_grad():
-        lm, mtp = _heads(model, output, row)
+        lm, mtp = heads(model, output, row)
     _mark(laps)
     (torch.stack(terms).sum() * weights.layers.indexer).backward()
     _mark(laps)
@@ -99,10 +99,11 @@ def learn_indexer(model: Transformer, row: Batch, weights: Weights, laps: Laps |
 def measure(model: Transformer, row: Batch, mode: AttentionMode) -> RowSums:
     """Forward only, with the indexer's recall of the dense selection where an indexer runs."""
     output = model(row.token_BT, row.document_BT, row.position_BT, mode=mode, measure_recall=True)
-    return _sums(output, *_heads(model, output, row))
+    return _sums(output, *heads(model, output, row))
 
 
-def _heads(model: Transformer, output: Output, row: Batch) -> tuple[Tensor, Tensor]:
+def heads(model: Transformer, output: Output, row: Batch) -> tuple[Tensor, Tensor]:
+    """The loss sums (lm, mtp) behind the two heads, in nats."""
     lm = cross_entropy_sum(output.h_BTD, model.head.weight, row.target_BT)
     if output.mtp_h_BTD is None:
         return lm, torch.zeros_like(lm)

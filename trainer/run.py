@@ -12,6 +12,9 @@ from trainer import checkpoint, folder, provenance
 from trainer.build import Built, attention_after, build, read_data
 from trainer.checkpoint import Loaded
 from trainer.config import TrainConfig
+from trainer.debug import crash
+from trainer.debug.crash import Kept
+from trainer.debug.fault import NonFinite
 from trainer.device import DTYPES, settle
 from trainer.folder import FINISHED, RunFolder
 from trainer.loop import Outlets, run_steps
@@ -137,6 +140,11 @@ def _run(built: Built, run_folder: RunFolder, facts: Mapping[str, Any], loaded: 
     try:
         with on_signals(stop), closing(outlets.writer):
             done = run_steps(built, outlets, observer, first_step, stop, session.stop_at)
+    except NonFinite as error:
+        kept = crash.keep(built, run_folder, error.fault, facts)
+        run_folder.end(f"NonFinite: {kept.line}", error.fault.plan.step)
+        _tell(kept, run_folder)
+        return 1
     except BaseException as error:
         run_folder.end(f"{type(error).__name__}: {error}", done)
         if isinstance(error, TRAINING_FAILURES):
@@ -154,6 +162,17 @@ def _run(built: Built, run_folder: RunFolder, facts: Mapping[str, Any], loaded: 
     _finish(built, run_folder, observer.held_out, progress)
     run_folder.end(FINISHED, done)
     return 0
+
+
+def _tell(kept: Kept, run_folder: RunFolder) -> None:
+    print(f"keel: error: {kept.line}", file=sys.stderr)
+    if kept.path is None:
+        print(f"the crash folder could not be written: {kept.trouble}", file=sys.stderr)
+    else:
+        size = f"{crash.size_bytes(kept.path) / 1e6:.1f} MB"
+        command = f"./keel train --replay {shlex.quote(str(kept.path))}"
+        print(f"crash folder: {kept.path} ({size}); to compute that row again: {command}", file=sys.stderr)
+    print(f"the last checkpoint is kept; to go on from it: {_command('resume', run_folder)}", file=sys.stderr)
 
 
 def _finish(built: Built, run_folder: RunFolder, held_out: HeldOut, progress: Progress) -> None:

@@ -5,7 +5,7 @@ rows are grouped nor on who computes them (promise 3 of the design).
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -20,10 +20,11 @@ from model.transformer import Transformer
 from optim.optimizer import Optimizer, UpdateStats
 from trainer import row
 from trainer.config import LossConfig
+from trainer.debug.fault import Fault, NonFinite, require_finite
 from trainer.laps import Laps
 from trainer.parallel.reduce import ExactSum
 from trainer.pool import RowPool
-from trainer.row import RowSums, TermCounts
+from trainer.row import RowSums, TermCounts, Weights
 from trainer.schedule import StepPlan
 
 
@@ -67,7 +68,10 @@ class StepResult:
 
 
 def train_step(parts: Parts, plan: StepPlan, stopped: Callable[[], bool]) -> StepResult | None:
-    """Run one step; None, with nothing changed, if `stopped()` turned true between two rows."""
+    """Run one step; None, with nothing changed, if `stopped()` turned true between two rows.
+
+    Raises NonFinite, with nothing changed, for the first row whose losses or gradients are not finite.
+    """
     frozen = frozen_groups(plan.attention, parts.groups)
     whole_step = Laps(parts.device)
     batch = parts.stream.rows(plan.segment, plan.first_row, plan.rows)
@@ -76,27 +80,34 @@ def train_step(parts: Parts, plan: StepPlan, stopped: Callable[[], bool]) -> Ste
     weights = row.weigh(
         counts, mtp=plan.mtp_weight, balance=parts.loss.balance_weight, indexer=parts.loss.indexer_weight
     )
-    _train_only(parts, frozen)
+    for view in parts.pool.views:
+        train_only(view, parts.groups, frozen)
     parts.sums.reset()
 
     row_laps: list[Laps] = []
 
-    def leaf(model: Transformer, index: int) -> RowSums | None:
+    def leaf(model: Transformer, index: int) -> RowSums | Fault | None:
         if stopped():
             return None
         laps = Laps(parts.device)
         one = row.pick(batch, index, parts.device)
-        if plan.attention == "indexer_warmup":
-            result = row.learn_indexer(model, one, weights, laps)
-        else:
-            result = row.learn(model, one, plan.attention, weights, laps)
-        _collect(model, parts.sums)
+        try:
+            result = learn(model, one, plan.attention, weights, laps)
+            require_finite(result)
+            _collect(model, parts.sums)
+        except FloatingPointError as error:
+            model.zero_grad(set_to_none=True)
+            return Fault(index=index, row=one, plan=plan, weights=weights, reason=str(error))
         laps.mark()
         row_laps.append(laps)
         return result
 
+    # All rows end before the first fault is told of, so that it does not depend on which thread was faster.
     results = list(parts.pool.map(leaf, range(plan.rows)))
-    whole = [result for result in results if result is not None]
+    for result in results:
+        if isinstance(result, Fault):
+            raise NonFinite(result)
+    whole = [result for result in results if isinstance(result, RowSums)]
     if len(whole) < plan.rows:
         return None
     whole_step.mark()
@@ -107,6 +118,13 @@ def train_step(parts: Parts, plan: StepPlan, stopped: Callable[[], bool]) -> Ste
     whole_step.mark()
     seconds = _seconds(whole_step, row_laps, len(parts.pool.views))
     return StepResult(batch=batch, counts=counts, rows=tuple(whole), update=update, seconds=seconds)
+
+
+def learn(model: Transformer, one: Batch, mode: AttentionMode, weights: Weights, laps: Laps | None = None) -> RowSums:
+    """Forward and backward of one row (a batch of one) as its attention mode asks; gradients are left in `grad`."""
+    if mode == "indexer_warmup":
+        return row.learn_indexer(model, one, weights, laps)
+    return row.learn(model, one, mode, weights, laps)
 
 
 def frozen_groups(mode: AttentionMode, groups: dict[str, str]) -> frozenset[str]:
@@ -134,11 +152,11 @@ def _seconds(whole_step: Laps, rows: list[Laps], threads: int) -> StepSeconds:
     return StepSeconds(wait=wait, forward=forward, backward=backward, reduce=reduce, update=update)
 
 
-def _train_only(parts: Parts, frozen: frozenset[str]) -> None:
-    for view in parts.pool.views:
-        for name, parameter in view.named_parameters():
-            parameter.requires_grad_(parts.groups[alias_of(name) or name] not in frozen)
-            parameter.grad = None
+def train_only(model: Transformer, groups: Mapping[str, str], frozen: frozenset[str]) -> None:
+    """Parameters of the frozen groups get no gradients; none has one yet. groups: by parameter name."""
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(groups[alias_of(name) or name] not in frozen)
+        parameter.grad = None
 
 
 def _collect(model: Transformer, sums: ExactSum) -> None:

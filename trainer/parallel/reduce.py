@@ -54,7 +54,8 @@ class ExactSum:
     def add(self, name: str, leaf: Tensor) -> None:
         """Add one leaf; threads may call it at the same time.
 
-        Raises FloatingPointError if it is not finite, OverflowError if the sum could overflow.
+        Raises FloatingPointError if it is not finite or could not be added even alone, OverflowError if the sum could
+        overflow.
         """
         assert leaf.shape == self._sums[name].shape, (name, leaf.shape, self._sums[name].shape)
         if leaf.numel() == 0:
@@ -63,6 +64,10 @@ class ExactSum:
         largest = max(-float(lowest), float(highest))
         if not largest < torch.inf:
             raise FloatingPointError(f"gradient {name}: expected finite values, found {largest}")
+        if largest >= LIMIT:
+            raise FloatingPointError(
+                f"gradient {name}: expected elements below {LIMIT:g} (exact sums), found {largest:g}"
+            )
         with self._lock:
             self._add(name, leaf.reshape(-1), largest)
 
