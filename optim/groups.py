@@ -47,6 +47,29 @@ def check(members: Sequence[Member], config: OptimConfig) -> None:
                 raise ValueError(f"{key} = {group}: expected one of {', '.join(known)}")
 
 
+def check_cover(members: Sequence[Member], parameters: Mapping[str, Tensor]) -> None:
+    """Raise ValueError unless every row of every parameter is in exactly one member, all of one kind and one group."""
+    by_parameter: dict[str, list[Member]] = {name: [] for name in parameters}
+    for member in members:
+        if member.parameter not in by_parameter:
+            raise ValueError(f"member {member.name} = {member.parameter}: expected a parameter of the model")
+        by_parameter[member.parameter].append(member)
+    for name, parts in by_parameter.items():
+        parameter, end = parameters[name], 0
+        for part in sorted(parts, key=lambda member: (member.start, member.stop)):
+            found = f"member {part.name} = rows {part.start}:{part.stop} of {name}"
+            if part.start != end or part.stop <= part.start or part.stop > len(parameter):
+                raise ValueError(f"{found}: expected rows from {end} on, within {len(parameter)}")
+            if parameter.dim() == 3 and part.stop - part.start != 1:
+                raise ValueError(f"{found}: expected one expert")
+            if (part.kind, part.group) != (parts[0].kind, parts[0].group):
+                kind = f"{part.kind}, {part.group}"
+                raise ValueError(f"{found}, {kind}: expected {parts[0].kind}, {parts[0].group} as {parts[0].name}")
+            end = part.stop
+        if end != len(parameter):
+            raise ValueError(f"members of {name} = rows 0:{end}: expected all {len(parameter)}")
+
+
 def decay(kind: str, config: OptimConfig) -> float:
     """Weight decay by kind."""
     return {"matrix": config.muon.weight_decay, "table": config.adamw.weight_decay, "vector": 0.0}[kind]

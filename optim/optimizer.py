@@ -15,6 +15,7 @@ from torch import Tensor
 from optim import adamw, clip, groups, muon
 from optim.config import OptimConfig
 from optim.groups import Member
+from optim.state import copy_exactly
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -27,7 +28,7 @@ class UpdateStats:
 
 
 class Optimizer:
-    """Updates `parameters` (by name) as `members` say; `members` cover each parameter without overlap.
+    """Updates `parameters` (by name) as `members` say; `members` hold each element of each parameter once.
 
     parallel_map: like `map`, may run the batches of matrices side by side; none depends on another.
     """
@@ -40,7 +41,7 @@ class Optimizer:
         parallel_map: Callable[..., Iterable[None]] = map,
     ) -> None:
         groups.check(members, config)
-        assert {member.parameter for member in members} == set(parameters)
+        groups.check_cover(members, parameters)
         self.config = config
         self._map = parallel_map
         self.members = tuple(members)
@@ -87,14 +88,8 @@ class Optimizer:
         return self._state | own
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Copy a `state_dict` back; names and shapes must be the same."""
-        mine = self.state_dict()
-        if set(mine) != set(state):
-            raise ValueError(
-                f"optimizer state: expected the same tensors; differs in {sorted(set(mine) ^ set(state))[:3]}"
-            )
-        for name, tensor in mine.items():
-            tensor.copy_(state[name])
+        """Copy a `state_dict` back; raises ValueError unless names, shapes and dtypes are the same."""
+        copy_exactly(self.state_dict(), state, "optimizer state")
 
     def table(self) -> str:
         """The assignment as one table."""

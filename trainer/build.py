@@ -15,6 +15,7 @@ from model.init import initialize
 from model.transformer import Transformer
 from optim.groups import Member
 from optim.optimizer import Optimizer
+from optim.state import copy_exactly
 from trainer import schedule
 from trainer.config import TrainConfig
 from trainer.device import DTYPES
@@ -40,7 +41,7 @@ class Built:
         return of_model | {f"optimizer/{name}": value for name, value in self.parts.optimizer.state_dict().items()}
 
     def restore(self, tensors: dict[str, Tensor]) -> None:
-        """Put back what `tensors` gave; every name must be there with its shape."""
+        """Put back what `tensors` gave; raises ValueError unless names, shapes and dtypes are the same."""
         restore_model(self.parts.model, tensors)
         prefix = "optimizer/"
         state = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
@@ -48,12 +49,12 @@ class Built:
 
 
 def restore_model(model: Transformer, tensors: Mapping[str, Tensor]) -> None:
-    """Copy the tensors named model/... of a checkpoint into the model; every one must be there with its shape."""
-    mine = names.tensors(model)
-    assert set(mine) == {name.removeprefix("model/") for name in tensors if name.startswith("model/")}
-    with torch.no_grad():
-        for name, tensor in mine.items():
-            tensor.copy_(tensors[f"model/{name}"])
+    """Copy the tensors named model/... of a checkpoint into the model.
+
+    Raises ValueError unless names, shapes and dtypes are the model's.
+    """
+    values = {name.removeprefix("model/"): value for name, value in tensors.items() if name.startswith("model/")}
+    copy_exactly(names.tensors(model), values, "model")
 
 
 def attention_after(config: ScheduleConfig, done: int) -> AttentionMode:

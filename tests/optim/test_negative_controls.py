@@ -1,5 +1,6 @@
 """Deliberate mistakes in the optimizer: each makes the check that the real one passes fail."""
 
+import itertools
 from collections.abc import Callable
 
 import pytest
@@ -24,11 +25,10 @@ def _no_nesterov(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(muon, "lookahead", lambda momentum, gradient, mu: momentum.mul_(mu).add_(gradient).clone())
 
 
-def _old_momentum(patch: pytest.MonkeyPatch) -> None:
+def _decayed_gradient(patch: pytest.MonkeyPatch) -> None:
     def lookahead(momentum: torch.Tensor, gradient: torch.Tensor, mu: float) -> torch.Tensor:
-        direction = gradient + mu * momentum
-        momentum.mul_(mu).add_(gradient)
-        return direction
+        momentum.add_(gradient).mul_(mu)
+        return gradient.add(momentum, alpha=mu)
 
     patch.setattr(muon, "lookahead", lookahead)
 
@@ -130,6 +130,23 @@ MISTAKES: dict[str, Patch] = {
 def test_there_are_many_and_the_check_passes_without_them() -> None:
     check_against_oracle()
     assert len(MISTAKES) >= 15
+
+
+def test_no_two_mistakes_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two that leave the same weights would be one control with two names."""
+    weights: dict[str, dict[str, torch.Tensor]] = {}
+    for name, mistake in MISTAKES.items():
+        with monkeypatch.context() as patch:
+            mistake(patch)
+            parameters = checks.tensors(0)
+            steps = optimizer.Optimizer(parameters, checks.members(), checks.CONFIG)
+            for step in range(3):
+                steps.step(checks.tensors(step + 1), rate=checks.RATE)
+        weights[name] = parameters
+    for left, right in itertools.combinations(weights, 2):
+        differences = [(weights[left][name] - weights[right][name]).abs().max() for name in checks.SHAPES]
+        # Both are fp64: what is the same but for its rounding differs by less than 1e-12.
+        assert max(differences) > 1e-9, (left, right)
 
 
 @pytest.mark.parametrize("name", MISTAKES)

@@ -33,13 +33,6 @@ def test_state_returns_and_training_goes_on_with_the_same_bits() -> None:
     assert all(torch.equal(value, again.state_dict()[name]) for name, value in optimizer.state_dict().items())
 
 
-def test_state_of_another_model_is_refused() -> None:
-    optimizer = Optimizer(tensors(0), members(), CONFIG)
-    state = optimizer.state_dict()
-    with pytest.raises(ValueError, match="momentum/wide"):
-        optimizer.load_state_dict({name: value for name, value in state.items() if name != "momentum/wide"})
-
-
 def test_bf16_parameters_are_the_rounding_of_fp32_masters() -> None:
     parameters = tensors(0, torch.bfloat16)
     optimizer = Optimizer(parameters, members(), CONFIG)
