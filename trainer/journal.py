@@ -45,7 +45,7 @@ def read(path: Path) -> list[dict[str, Any]]:
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
             if line.endswith(b"\n"):
-                rows.append(_parse(path, number, line))
+                rows.append(parse(path, number, line))
     return rows
 
 
@@ -56,14 +56,15 @@ def keep(path: Path, wanted: Callable[[Mapping[str, Any]], bool]) -> None:
     temporary = path.with_name(f".{path.name}.writing")
     with path.open("rb") as source, temporary.open("wb") as target:
         for number, line in enumerate(source, start=1):
-            if line.endswith(b"\n") and wanted(_parse(path, number, line)):
+            if line.endswith(b"\n") and wanted(parse(path, number, line)):
                 target.write(line)
     durable.sync(temporary)
     temporary.replace(path)
     durable.sync(path.parent)
 
 
-def _parse(path: Path, number: int, line: bytes) -> dict[str, Any]:
+def parse(path: Path, number: int, line: bytes) -> dict[str, Any]:
+    """One line as a row; raises ValueError naming file and line when it is not JSON."""
     try:
         return json.loads(line)
     except ValueError as error:
