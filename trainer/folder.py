@@ -105,9 +105,10 @@ class RunFolder:
         self._metrics = journal.Journal(self.path / "metrics.jsonl")
         self._note({"event": kind, "step": step, "versions": dict(versions)})
 
-    def end(self, reason: str, step: int) -> None:
-        """Notes why training stopped at `step`: FINISHED, a signal's name, or the error."""
-        self._note({"event": "end", "step": step, "reason": redact.in_text(reason)})
+    def end(self, reason: str, step: int, results: Mapping[str, float] | None = None) -> None:
+        """Notes why training stopped at `step`: FINISHED, a signal's name, or the error; and what was measured then."""
+        row = {"event": "end", "step": step, "reason": redact.in_text(reason)}
+        self._note(row | ({"results": dict(results)} if results else {}))
 
     def append_metrics(self, row: Mapping[str, Any]) -> None:
         """Adds one row, which has a `step`; it survives a kill from now on, a power cut after `sync_metrics`."""

@@ -159,8 +159,8 @@ def _run(built: Built, run_folder: RunFolder, facts: Mapping[str, Any], loaded: 
         run_folder.end(reason, done)
         progress.say(f"stopped after step {done} ({reason}), saved. To go on: {_command('resume', run_folder)}")
         return EXIT_CODES.get(reason, 0)
-    _finish(built, run_folder, observer.held_out, progress)
-    run_folder.end(FINISHED, done)
+    results = _finish(built, run_folder, observer.held_out, progress)
+    run_folder.end(FINISHED, done, results)
     return 0
 
 
@@ -175,7 +175,9 @@ def _tell(kept: Kept, run_folder: RunFolder) -> None:
     print(f"the last checkpoint is kept; to go on from it: {_command('resume', run_folder)}", file=sys.stderr)
 
 
-def _finish(built: Built, run_folder: RunFolder, held_out: HeldOut, progress: Progress) -> None:
+def _finish(built: Built, run_folder: RunFolder, held_out: HeldOut, progress: Progress) -> dict[str, float]:
+    """Says what became of the run and how to look at it; returns what is measured only now."""
+    results = {}
     config, say = built.config, progress.say
     mode = attention_after(config.schedule, len(built.plans))
     final = held_out.measure(built.parts.pool, mode)
@@ -183,12 +185,15 @@ def _finish(built: Built, run_folder: RunFolder, held_out: HeldOut, progress: Pr
     if config.validation.bigram:
         bar = held_out.bigram(built.data)
         say(f"a bigram model of all {bar.tokens} training tokens: {bar.loss:.4f} nats on the same targets")
+        results = {"bigram/loss": bar.loss, "bigram/tokens": bar.tokens}
     pieces = generate(built.parts.model, built.data.tokenizer, config.sample, mode, config.seed)
     text = "".join(pieces)
     (run_folder.path / "samples" / f"step-{len(built.plans):06}.txt").write_text(text)
     say("\n".join(["sample:", *("    " + line for line in text.splitlines())]))
+    say(f"its report:      {_command('report', run_folder)}")
     say(f"another sample:  {_command('sample', run_folder)}")
     say(f"its curves:      wandb leet {shlex.quote(str(run_folder.path / 'wandb'))}")
+    return results
 
 
 def _refuse_changes(saved: Mapping[str, Any], now: Mapping[str, Any], session: Session) -> None:
