@@ -11,8 +11,9 @@ from torch import Tensor
 from model.count import training_flops
 from model.layers import island_dtype
 from model.transformer import Transformer
-from trainer import machine, metrics
+from trainer import machine, metrics, probe
 from trainer.build import Built
+from trainer.row import pick
 from trainer.schedule import StepPlan
 from trainer.step import StepResult
 from trainer.validate import HeldOut, count_bytes
@@ -41,6 +42,7 @@ class Observer:
         row |= weight_rms(parts.model, parts.groups) | metrics.routing(result.rows, counts) | biases(parts.model)
         if self._is_due(plan.step + 1):
             row["router/load_LE"] = metrics.load(result.rows).tolist()
+            row |= probe.measure(parts.model, pick(result.batch, 0, parts.device), plan.attention)
         return row
 
     def _is_due(self, done: int) -> bool:
