@@ -46,10 +46,15 @@ def mtp_weight(config: ScheduleConfig, tokens: int) -> float:
 
 
 def batch_rows(config: ScheduleConfig, tokens: int) -> int:
-    """Rows of the step that starts after `tokens`: the ramped batch, rounded down to whole rows, in exact integers."""
-    batch = config.batch
+    """Rows of the step that starts after `tokens`: its batch, rounded down to whole rows, in exact integers.
+
+    The batch is that of the indexer's warm-up while it lasts, where it has one of its own; else the ramped one.
+    """
+    batch, warm_up = config.batch, config.indexer_warmup_batch_tokens
     size = batch.tokens
-    if tokens < batch.ramp_tokens:
+    if warm_up is not None and attention(config, tokens) == "indexer_warmup":
+        size = warm_up
+    elif tokens < batch.ramp_tokens:
         size = batch.start_tokens + (batch.tokens - batch.start_tokens) * tokens // batch.ramp_tokens
     return size // row_length(config, tokens)
 
@@ -144,7 +149,7 @@ def _stage(stages: Sequence[Stage], tokens: int) -> Stage:
 def _stretches(config: ScheduleConfig) -> Iterator[_Stretch]:
     step = tokens = segment = first_row = 0
     length = row_length(config, 0)
-    borders = [stage.from_tokens for stage in config.row_length] + [config.total_tokens]
+    borders = [stage.from_tokens for stage in (*config.row_length, *config.attention)] + [config.total_tokens]
     while tokens < config.total_tokens:
         if row_length(config, tokens) != length:
             length, segment, first_row = row_length(config, tokens), segment + 1, 0

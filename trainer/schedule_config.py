@@ -84,6 +84,8 @@ class ScheduleConfig:
     mtp_weight: tuple[MtpWeightStage, ...]
     indexer_warmup_rate: float = 1e-3
     """Rate during `indexer_warmup` (V3.2's value; V4 gives none)."""
+    indexer_warmup_batch_tokens: int | None = None
+    """Tokens per step during `indexer_warmup`; None: those of `batch`."""
 
     def __post_init__(self) -> None:
         require(self.total_tokens > 0, "total_tokens", self.total_tokens, "a positive number of tokens")
@@ -104,6 +106,13 @@ class ScheduleConfig:
                 f"between 1 and batch.start_tokens={self.batch.start_tokens}: a step holds at least one row",
             )
         require(self.indexer_warmup_rate > 0, "indexer_warmup_rate", self.indexer_warmup_rate, "a positive rate")
+        longest = max(stage.value for stage in self.row_length)
+        require(
+            self.indexer_warmup_batch_tokens is None or self.indexer_warmup_batch_tokens >= longest,
+            "indexer_warmup_batch_tokens",
+            self.indexer_warmup_batch_tokens,
+            f"null, or at least {longest}, the longest row: a step holds at least one row",
+        )
 
 
 def _check_starts(key: str, starts: Sequence[int]) -> None:

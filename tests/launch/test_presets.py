@@ -1,5 +1,6 @@
 """Proves that flash and pro have the released keys and the published recipe, and debug and small every feature."""
 
+from bisect import bisect_left
 from dataclasses import asdict
 from typing import Any
 
@@ -115,7 +116,7 @@ def test_the_schedule_is_the_published_one(
     assert [(stage.from_tokens, stage.value) for stage in schedule.attention] == [
         (0, "dense"),
         (dense, "indexer_warmup"),
-        (dense + 1000 * 16 * 131072, "sparse"),
+        (schedule.attention[2].from_tokens, "sparse"),
     ]
     assert schedule.row_length[2].from_tokens == dense, "sparse attention comes with rows of 64K"
     assert [(stage.from_tokens, stage.value) for stage in schedule.mtp_weight] == [(0, 0.3), (tokens * 7 // 10, 0.1)]
@@ -127,6 +128,22 @@ def test_the_warm_up_ends_after_2000_steps(recipes: dict[str, TrainConfig], name
     steps = plan(schedule)
     assert steps[2000].tokens == schedule.rate.warmup_tokens
     assert steps[1998].rate < steps[1999].rate == schedule.rate.peak
+
+
+@pytest.mark.parametrize("name", ["flash", "pro"])
+def test_the_indexer_warms_up_as_in_v32(recipes: dict[str, TrainConfig], name: str) -> None:
+    """V3.2 2.1: 1000 steps of 16 rows of 128K tokens at 1e-3; here of 32 rows of 64K."""
+    schedule = recipes[name].schedule
+    steps = plan(schedule)
+    first = bisect_left(range(len(steps)), True, key=lambda step: steps[step].attention != "dense")
+    sparse = bisect_left(range(len(steps)), True, key=lambda step: steps[step].attention == "sparse")
+    assert sparse - first == 1000
+    warm_up = steps[first:sparse]
+    assert {(step.rows, step.row_length, step.rate) for step in warm_up} == {(32, 65536, 1e-3)}
+    assert {step.rows * step.row_length for step in warm_up} == {16 * 131072}
+    assert steps[first - 1].tokens < schedule.attention[1].from_tokens <= steps[first].tokens
+    assert steps[sparse].tokens == schedule.attention[2].from_tokens
+    assert steps[sparse].rows == schedule.batch.tokens // 65536
 
 
 def test_the_optimizer_file_shows_the_class_defaults(recipes: dict[str, TrainConfig]) -> None:

@@ -52,6 +52,7 @@ ODD = ScheduleConfig(
         MtpWeightStage(from_tokens=777_777, value=0.1),
         MtpWeightStage(from_tokens=2_000_000, value=0.0),
     ),
+    indexer_warmup_batch_tokens=1_024,
 )
 """Stages that begin inside a step, two of them inside the same one, and one that begins after the last step."""
 

@@ -19,7 +19,15 @@ from trainer.schedule_config import (
 )
 
 
-def make(total: int, start: int, full: int, ramp: int, borders: tuple[int, int], lengths: tuple[int, int, int]):
+def make(
+    total: int,
+    start: int,
+    full: int,
+    ramp: int,
+    borders: tuple[int, int],
+    lengths: tuple[int, int, int],
+    warm_up: int | None = None,
+) -> ScheduleConfig:
     low, high = sorted(borders)
     stages = [RowLengthStage(from_tokens=at, value=length) for at, length in zip((0, low, high), lengths, strict=True)]
     return ScheduleConfig(
@@ -33,7 +41,23 @@ def make(total: int, start: int, full: int, ramp: int, borders: tuple[int, int],
             AttentionStage(from_tokens=total // 2, value="sparse"),
         ),
         mtp_weight=(MtpWeightStage(from_tokens=0, value=0.3), MtpWeightStage(from_tokens=total // 2, value=0.1)),
+        indexer_warmup_batch_tokens=warm_up,
     )
+
+
+def test_the_warm_up_of_the_indexer_may_have_a_batch_of_its_own() -> None:
+    config = make(9_000, 90, 300, 5_000, (0, 0), (10, 10, 10))
+    of_its_own = replace(config, indexer_warmup_batch_tokens=25)
+    plans = schedule.plan(of_its_own)
+    assert {one.rows for one in plans if one.attention == "indexer_warmup"} == {2}
+    assert {one.rows for one in plans if one.attention == "sparse"} > {30}
+    before = [one for one in plans if one.attention == "dense"]
+    assert before == schedule.plan(config)[: len(before)]
+    for too_small in (0, 9):
+        with pytest.raises(
+            ValueError, match=f"indexer_warmup_batch_tokens = {too_small}: expected null, or at least 10"
+        ):
+            replace(config, indexer_warmup_batch_tokens=too_small)
 
 
 def naive(config: ScheduleConfig) -> list[tuple[int, int, int, int, int]]:
@@ -47,6 +71,9 @@ def naive(config: ScheduleConfig) -> list[tuple[int, int, int, int, int]]:
         batch = config.batch
         share = min(1.0, tokens / batch.ramp_tokens) if batch.ramp_tokens else 1.0
         rows = math.floor(batch.start_tokens + (batch.tokens - batch.start_tokens) * share) // length
+        mode = [stage.value for stage in config.attention if stage.from_tokens <= tokens][-1]
+        if mode == "indexer_warmup" and config.indexer_warmup_batch_tokens is not None:
+            rows = config.indexer_warmup_batch_tokens // length
         steps.append((tokens, rows, length, segment, first))
         tokens, first = tokens + rows * length, first + rows
     return steps
@@ -60,9 +87,10 @@ def naive(config: ScheduleConfig) -> list[tuple[int, int, int, int, int]]:
     ramp=st.integers(0, 5_000),
     borders=st.tuples(st.integers(1, 20_000), st.integers(1, 20_000)),
     lengths=st.permutations((16, 32, 64)),
+    warm_up=st.none() | st.integers(64, 300),
 )
-def test_the_plan_is_the_naive_loop(total, start, grow, ramp, borders, lengths) -> None:
-    config = make(total, start, start + grow, ramp, borders, tuple(lengths))
+def test_the_plan_is_the_naive_loop(total, start, grow, ramp, borders, lengths, warm_up) -> None:
+    config = make(total, start, start + grow, ramp, borders, tuple(lengths), warm_up)
     plans, expected = schedule.plan(config), naive(config)
     found = [(one.tokens, one.rows, one.row_length, one.segment, one.first_row) for one in plans]
     assert found == expected
