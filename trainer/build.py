@@ -19,6 +19,7 @@ from optim.state import copy_exactly
 from trainer import schedule
 from trainer.config import TrainConfig
 from trainer.device import DTYPES
+from trainer.parallel.apply import apply_kernels, choose_kernels
 from trainer.parallel.reduce import ExactSum
 from trainer.pool import RowPool
 from trainer.schedule import StepPlans
@@ -75,8 +76,9 @@ def read_data(config: TrainConfig, report: Report) -> Data:
 
 
 def build(config: TrainConfig, data: Data, device: torch.device) -> Built:
-    """Make the model with its initial values on the device, then its optimizer and sums."""
+    """Make the model with its initial values on the device, its kernels, then its optimizer and sums."""
     model = build_model(config, device)
+    apply_kernels(model, choose_kernels(config, device))
     shared = {name: tensor for name, tensor in model.named_parameters() if names.alias_of(name) is None}
     logicals = list(names.logical_tensors(config.model))
     members = [

@@ -106,6 +106,8 @@ class TrainConfig:
     threads: int = 2
     """Rows computed at the same time on a CPU, one core each; the bits of a run do not depend on it."""
     deterministic: bool = True
+    kernels: Literal["auto", "off", "triton"] = "auto"
+    """Triton kernels in place of plain functions; auto: on a GPU, if triton is installed and precision is not fp64."""
     model: ModelConfig
     init: InitConfig = field(default_factory=InitConfig)
     loss: LossConfig = field(default_factory=LossConfig)

@@ -21,6 +21,7 @@ from trainer.loop import Outlets, run_steps
 from trainer.machine import product_rate
 from trainer.manifest import CheckpointError
 from trainer.observe import Observer
+from trainer.parallel.apply import choose_kernels, describe_kernels
 from trainer.progress import Progress
 from trainer.sample import generate
 from trainer.stop import Stop, on_signals
@@ -73,12 +74,14 @@ def train(
         session.say(f"continuing {found.path}: the same configuration, not finished (--new starts afresh)")
         return _resume(config, found, session)
     device = settle(config)
+    kernels = describe_kernels(choose_kernels(config, device))
     data = read_data(config, session.say)
     # Before the folder: what is wrong with the optimizer's groups shows here, and then nothing has been created.
     built = build(config, data, device)
-    facts = _facts(config, str(device), data.fingerprint)
+    facts = _facts(config, str(device), kernels, data.fingerprint)
     made = folder.create(Path(config.runs_dir), config.name, asdict(config), overrides, facts, provenance.commit())
     session.say(f"run {made.path} on {device}, {config.precision.dtype}, {config.threads} threads")
+    session.say(f"kernels: {kernels}")
     try:
         session.say(built.parts.optimizer.table())
         return _run(built, made, facts, None, session)
@@ -100,12 +103,13 @@ def resume(
 
 def _resume(config: TrainConfig, run_folder: RunFolder, session: Session) -> int:
     device = settle(config)
+    kernels = describe_kernels(choose_kernels(config, device))
     run_folder.lock()
     try:
         if run_folder.is_finished():
             raise ValueError(f"run = {run_folder.path}: expected an unfinished run, this one is finished")
         data = read_data(config, session.say)
-        facts = _facts(config, str(device), data.fingerprint)
+        facts = _facts(config, str(device), kernels, data.fingerprint)
         _refuse_changes(run_folder.provenance, facts, session)
         found = checkpoint.recover(run_folder.checkpoints, session.say)
         built = build(config, data, device)
@@ -114,6 +118,7 @@ def _resume(config: TrainConfig, run_folder: RunFolder, session: Session) -> int
             built.restore(found[1].tensors)
         first_step = found[1].step if found else 0
         session.say(f"run {run_folder.path}: going on after step {first_step} of {len(built.plans)}")
+        session.say(f"kernels: {kernels}")
         return _run(built, run_folder, facts, found[1] if found else None, session)
     finally:
         run_folder.release()
@@ -208,8 +213,9 @@ def _refuse_changes(saved: Mapping[str, Any], now: Mapping[str, Any], session: S
         session.say(f"bit-equality is off from here on: {difference}")
 
 
-def _facts(config: TrainConfig, device: str, data_fingerprint: str) -> dict[str, Any]:
-    return provenance.facts(device=device, dtype=config.precision.dtype) | {"data_fingerprint": data_fingerprint}
+def _facts(config: TrainConfig, device: str, kernels: str, data_fingerprint: str) -> dict[str, Any]:
+    facts = provenance.facts(device=device, dtype=config.precision.dtype, kernels=kernels)
+    return facts | {"data_fingerprint": data_fingerprint}
 
 
 def _total_tokens(built: Built) -> int:

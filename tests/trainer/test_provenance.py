@@ -76,7 +76,7 @@ def test_facts_say_what_decides_the_bits() -> None:
     assert all(facts[key] for key in ("python", "numpy", "safetensors", "device_name"))
 
 
-@pytest.mark.parametrize("key", ["torch", "cpu_capability", "threads", "device", "dtype", "deterministic"])
+@pytest.mark.parametrize("key", ["torch", "cpu_capability", "threads", "device", "dtype", "deterministic", "kernels"])
 def test_each_difference_that_breaks_bits_is_a_line(key: str) -> None:
     facts = provenance.facts(device="cpu", dtype="bf16")
     assert provenance.compare(facts, dict(facts)) == []
