@@ -6,12 +6,12 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
-EXPECTED: Mapping[type, str] = MappingProxyType({int: "an integer", float: "a number", str: "a text"})
+EXPECTED: Mapping[type, str] = MappingProxyType({int: "an integer", float: "a number", str: "a text", list: "a text"})
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Arguments:
-    """Values of the flags (False or None where not given) and the other words."""
+    """Values of the flags (False, None, or for a list [], where not given) and the other words."""
 
     flags: Mapping[str, Any]
     words: tuple[str, ...]
@@ -20,9 +20,10 @@ class Arguments:
 def parse(argv: Sequence[str], flags: Mapping[str, type], usage: str) -> Arguments:
     """Split a verb's words; a flag of type bool takes no value, others take `--flag X` or `--flag=X`.
 
+    A flag of type list may be given several times, with a text each time; of another the last value counts.
     `--help` prints `usage` and raises SystemExit(0). Raises ValueError "--flag = value: expected ...".
     """
-    values: dict[str, Any] = {flag: False if kind is bool else None for flag, kind in flags.items()}
+    values: dict[str, Any] = {flag: {bool: False, list: []}.get(kind) for flag, kind in flags.items()}
     words: list[str] = []
     rest = list(argv)
     while rest:
@@ -43,7 +44,8 @@ def parse(argv: Sequence[str], flags: Mapping[str, type], usage: str) -> Argumen
             continue
         if not separator and not rest:
             raise ValueError(f"{flag} = : expected {EXPECTED[flags[flag]]} after it")
-        values[flag] = _convert(flag, text if separator else rest.pop(0), flags[flag])
+        value = text if separator else rest.pop(0)
+        values[flag] = [*values[flag], value] if flags[flag] is list else _convert(flag, value, flags[flag])
     return Arguments(flags=values, words=tuple(words))
 
 

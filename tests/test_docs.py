@@ -103,7 +103,7 @@ def stubbed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("trainer.debug.replay.replay", lambda *args, **kwargs: 0)
     monkeypatch.setattr("trainer.run.train", lambda *args, **kwargs: 0)
     monkeypatch.setattr("trainer.run.resume", lambda *args, **kwargs: 0)
-    monkeypatch.setattr("trainer.sample.sample_run", lambda *args, **kwargs: iter(["text"]))
+    monkeypatch.setattr("trainer.sample.sample_run", lambda *args, **kwargs: (1, iter([])))
     monkeypatch.setattr(test_verb, "_pytest", lambda *args: (0, "nothing"))
     monkeypatch.setattr(test_verb, "checks", dict)
 

@@ -126,6 +126,7 @@ class TrainConfig:
         require(self.threads > 0, "threads", self.threads, "a positive number of threads")
         self._check_rows()
         self._check_vocabulary()
+        self._check_sample()
 
     def _check_rows(self) -> None:
         for stage in self.schedule.row_length:
@@ -149,3 +150,13 @@ class TrainConfig:
                 tokenizer.vocab_size,
                 f"at most model.vocab_size={rows}",
             )
+
+    def _check_sample(self) -> None:
+        """The end of a run is no place for an error: a prompt has at most a token per byte, and bos before it."""
+        most = self.model.max_position_embeddings - 1 - len(self.sample.prompt.encode())
+        require(
+            self.sample.tokens <= most,
+            "sample.tokens",
+            self.sample.tokens,
+            f"at most {most}: with sample.prompt a row of model.max_position_embeddings",
+        )

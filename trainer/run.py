@@ -191,8 +191,9 @@ def _finish(built: Built, run_folder: RunFolder, held_out: HeldOut, progress: Pr
         bar = held_out.bigram(built.data)
         say(f"a bigram model of all {bar.tokens} training tokens: {bar.loss:.4f} nats on the same targets")
         results = {"bigram/loss": bar.loss, "bigram/tokens": bar.tokens}
-    pieces = generate(built.parts.model, built.data.tokenizer, config.sample, mode, config.seed)
-    text = "".join(pieces)
+    prompts = [config.sample.prompt]
+    pieces = generate(built.parts.model, built.data.tokenizer, prompts, config.sample, mode, config.seed)
+    text = "".join(piece.text for piece in pieces)
     (run_folder.path / "samples" / f"step-{len(built.plans):06}.txt").write_text(text)
     say("\n".join(["sample:", *("    " + line for line in text.splitlines())]))
     say(f"its report:      {_command('report', run_folder)}")

@@ -16,7 +16,7 @@ from launch.compose import compose
 from launch.config import render
 from launch.main import main
 from launch.runs import find_run
-from trainer.config import TrainConfig
+from launch.sample import stream
 
 pytestmark = pytest.mark.usefixtures("merge_once")
 
@@ -30,9 +30,10 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, dict[str, Any]]]:
         noted.append((values, options))
         return 7
 
-    def sample_run(config: TrainConfig, folder: Any, *, seed: int) -> Iterator[str]:
-        noted.append(((config, folder), {"seed": seed}))
-        return iter(["one ", "two"])
+    def sample_run(*values: Any, **options: Any) -> tuple[int, Iterator[Any]]:
+        noted.append((values, options))
+        rows = range(len(values[2]))
+        return 24, (SimpleNamespace(row=row, text=text, last=False) for text in ("one ", "two") for row in rows)
 
     stand_ins: dict[str, dict[str, Any]] = {
         "trainer.run": {"train": run, "resume": run},
@@ -94,11 +95,47 @@ def test_sample_prints_what_the_run_says(
 ) -> None:
     assert main(["sample", "debug-1234", "--tokens", "9", "--top-p", "0.5", "--prompt", "x = 1"]) == 0
     assert capsys.readouterr().out == "one two\n"
-    ((config, _), options) = calls[0]
-    assert (config.sample.tokens, config.sample.top_p, config.sample.prompt) == (9, 0.5, "x = 1")
-    assert options == {"seed": 5}
-    assert main(["sample", "debug-1234", "--json", "--seed", "8"]) == 0
-    assert json.loads(capsys.readouterr().out) == {"run": "runs/debug-1234", "seed": 8, "text": "one two"}
+    ((config, _, prompts, sampling), options) = calls[0]
+    assert (sampling.tokens, sampling.top_p, prompts) == (9, 0.5, ["x = 1"])
+    assert sampling.temperature == config.sample.temperature
+    assert options == {"seed": 5, "at_step": None}
+
+
+def test_sample_as_json(calls: list[Any], run_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--json", "--seed", "8", "--step", "24", "--tokens", "9", "--temperature", "0"]
+    assert main(["sample", "debug-1234", *words]) == 0
+    settings = {"seed": 8, "tokens": 9, "temperature": 0.0, "top_p": 0.95}
+    texts = {"prompts": ["def "], "texts": ["one two"]}
+    assert json.loads(capsys.readouterr().out) == {"run": "runs/debug-1234", "step": 24, **settings, **texts}
+    assert calls[0][1] == {"seed": 8, "at_step": 24}
+
+
+def test_several_prompts_are_written_one_below_the_other(
+    calls: list[Any], run_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["sample", "debug-1234", "--prompt", "a", "--prompt=b", "--prompt", ""]) == 0
+    assert calls[0][0][2] == ["a", "b", ""]
+    assert capsys.readouterr().out == "one two\n--- 2 of 3\none two\n--- 3 of 3\none two\n"
+
+
+def test_a_text_is_printed_as_it_comes_once_those_before_have_ended(capsys: pytest.CaptureFixture[str]) -> None:
+    def told() -> Iterator[SimpleNamespace]:
+        for row, text, last, shown in (
+            (0, "a", False, "a"),
+            (1, "x", False, "a"),
+            (0, "b", False, "ab"),
+            (0, "", True, "ab\n--- 2 of 3\nx"),
+            (2, "", True, "ab\n--- 2 of 3\nx"),
+            (1, "y", False, "ab\n--- 2 of 3\nxy"),
+            (1, "", True, "ab\n--- 2 of 3\nxy\n--- 3 of 3\n"),
+        ):
+            yield SimpleNamespace(row=row, text=text, last=last)
+            printed.append(capsys.readouterr().out)
+            assert "".join(printed) == shown
+
+    printed: list[str] = []
+    stream(told(), 3)
+    assert capsys.readouterr().out == "\n"
 
 
 @pytest.mark.parametrize(

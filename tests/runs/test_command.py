@@ -201,12 +201,41 @@ def test_sample_writes_what_the_end_of_the_run_wrote(keel: Keel, whole: RunFolde
     (text,) = tiny.samples(whole).values()
     ended = keel("sample", str(whole.path))
     assert (ended.code, ended.out, ended.err) == (0, f"{text}\n", "")
-    other = keel("sample", str(whole.path), "--json", "--seed", "5", "--tokens", "20", "--prompt", "7 ")
+    words = ["--json", "--seed", "5", "--tokens", "20", "--prompt", "7 ", "--prompt", "a b c"]
+    other = keel("sample", str(whole.path), *words)
     assert other.code == 0
     found = json.loads(other.out)
-    assert (found["seed"], found["tokens"], found["prompt"]) == (5, 20, "7 ")
-    assert found["text"].startswith("7 ")
+    assert (found["step"], found["seed"], found["tokens"], found["prompts"]) == (tiny.STEPS, 5, 20, ["7 ", "a b c"])
+    assert all(map(str.startswith, found["texts"], found["prompts"]))
     assert sorted(path.stat().st_mtime_ns for path in whole.path.rglob("*")) == before, "sampling changed the run"
+
+
+def test_sample_takes_any_checkpoint(keel: Keel, whole: RunFolder) -> None:
+    found = json.loads(keel("sample", str(whole.path), "--json", "--step", "3").out)
+    assert found["step"] == 3
+    ended = keel("sample", str(whole.path), "--step", "4")
+    assert (ended.code, ended.out) == (2, "")
+    assert ended.err == "keel: error: --step = 4: expected one of 3, 6, 9\n"
+    ended = keel("sample", str(whole.path), "--tokens", "300")
+    assert (ended.code, ended.out) == (2, "")
+    assert "tokens" in ended.err
+    assert LINE.fullmatch(ended.err), ended.err
+
+
+def test_a_damaged_checkpoint_is_refused_by_step_and_passed_over_without(config: TrainConfig, keel: Keel) -> None:
+    train(config)
+    run = tiny.only_run(Path(config.runs_dir))
+    (run.checkpoints / "step-000009" / "manifest.json").write_text("{}")
+    ended = keel("sample", str(run.path), "--step", "9")
+    assert (ended.code, ended.out) == (2, "")
+    assert LINE.fullmatch(ended.err), ended.err
+    assert json.loads(keel("sample", str(run.path), "--json").out)["step"] == 6
+
+
+def test_a_sample_that_does_not_fit_into_a_row_is_refused_before_the_run(config: TrainConfig, keel: Keel) -> None:
+    ended = keel("train", *tiny.words(config), "sample.prompt=abc", "sample.tokens=253")
+    assert (ended.code, list(Path(config.runs_dir).glob("*"))) == (2, [])
+    assert ended.err.startswith("keel: error: sample.tokens = 253: expected at most 252")
 
 
 def test_sample_says_when_there_is_nothing_to_sample(config: TrainConfig, keel: Keel) -> None:
