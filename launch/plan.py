@@ -1,16 +1,16 @@
-"""`keel plan`: what a run will be, without starting it: parameters, schedule, training FLOP, memory."""
+"""`keel plan`: what a run will be, without starting it: parameters, schedule, training FLOP, memory, decoding."""
 
 import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from launch import arguments
+from launch import arguments, plan_decoding
 
 if TYPE_CHECKING:
     from trainer.plan import Plan, Stage
 
-HELP = "print parameters, FLOP, schedule and memory of a run without starting it"
+HELP = "print parameters, FLOP, schedule, memory and decoding of a run without starting it"
 USAGE = f"""
 keel plan [--json] [KEY=VALUE ...]
 
@@ -48,12 +48,13 @@ def as_json(plan: "Plan") -> dict[str, Any]:
         "rule_of_thumb_flops": plan.rule_of_thumb_flops,
         "stages": [_stage_json(stage) for stage in plan.stages],
         "memory_bytes": asdict(memory) | {"total": memory.total},
+        "decoding": [plan_decoding.as_json(one) for one in plan.decoding],
     }
 
 
 def render(plan: "Plan") -> str:
     """The plan as text, one table per question."""
-    blocks = [_parameters(plan), _schedule(plan), _flops(plan), _memory(plan)]
+    blocks = [_parameters(plan), _schedule(plan), _flops(plan), _memory(plan), _decoding(plan)]
     return "\n\n".join([f"plan of {plan.name}", *("\n".join(block) for block in blocks)])
 
 
@@ -128,6 +129,10 @@ def _memory(plan: "Plan") -> list[str]:
     parts = asdict(plan.memory) | {"total": plan.memory.total}
     rows += [(part, f"{size:,}", f"{_rounded(size)}B") for part, size in parts.items()]
     return [*_table(rows), "activations and the update's temporary copies come on top"]
+
+
+def _decoding(plan: "Plan") -> list[str]:
+    return [*_table(plan_decoding.rows(plan.decoding, plan.dtype)), *plan_decoding.NOTES]
 
 
 def _table(rows: Sequence[Row]) -> list[str]:

@@ -1,4 +1,4 @@
-"""What a run will be, from its configuration alone: parameters, schedule by stage, training FLOP, memory.
+"""What a run will be, from its configuration alone: parameters, schedule by stage, training FLOP, memory, decoding.
 
 Nothing is allocated and torch is not imported. FLOP take every row for one document (`model.count.training_flops`), so
 they are an upper bound for packed rows, by the little that windows and blocks cost.
@@ -12,6 +12,8 @@ from itertools import pairwise
 
 from model.config import AttentionMode, ModelConfig
 from model.count import Counts, RowFlops, parameters, rule_of_thumb, training_flops
+from model.count_decode import cache_bytes
+from model.efficiency import Cost, contexts, v4_cost, v32_cost
 from model.inventory import TensorSpec, file_tensors, released_tensors
 from trainer import schedule
 from trainer.config import Precision, TrainConfig
@@ -71,6 +73,18 @@ class Release:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Decoding:
+    """The last token of a row of `cost.context` tokens, as served (`model.efficiency`), beside DeepSeek-V3.2's.
+
+    own_cache_bytes: what `model.cache` holds of the row in the run's type.
+    """
+
+    cost: Cost
+    reference: Cost
+    own_cache_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Plan:
     """Everything `keel plan` prints."""
 
@@ -81,6 +95,7 @@ class Plan:
     memory: Memory
     dtype: Precision
     rule_of_thumb_flops: int
+    decoding: tuple[Decoding, ...]
 
     @property
     def steps(self) -> int:
@@ -108,7 +123,17 @@ def plan(config: TrainConfig) -> Plan:
         memory=_memory(config),
         dtype=config.precision.dtype,
         rule_of_thumb_flops=rule_of_thumb(config.model, tokens),
+        decoding=tuple(_decoding(config.model, DTYPE_BYTES[config.precision.dtype])),
     )
+
+
+def _decoding(config: ModelConfig, element_bytes: int) -> Iterator[Decoding]:
+    for context in contexts(config):
+        yield Decoding(
+            cost=v4_cost(config, context),
+            reference=v32_cost(context),
+            own_cache_bytes=cache_bytes(config, context, "sparse", element_bytes).total,
+        )
 
 
 def _stages(config: TrainConfig) -> Iterator[Stage]:

@@ -12,8 +12,8 @@ from trainer.plan import plan
 @pytest.mark.parametrize(
     ("recipe", "figures"),
     [
-        ("flash", ("284.33 B", "6.61 B", "13.27 B", "69,187 tensors", "159,609,485,896 bytes")),
-        ("pro", ("1573.00 B", "25.84 B", "48.85 B", "145,116 tensors", "864,704,792,696 bytes")),
+        ("flash", ("284.33 B", "6.61 B", "13.27 B", "69,187 tensors", "159,609,485,896 bytes", " 10.1 %", " 7.3 %")),
+        ("pro", ("1573.00 B", "25.84 B", "48.85 B", "145,116 tensors", "864,704,792,696 bytes", " 26.7 %", " 10.5 %")),
     ],
 )
 def test_prints_the_published_figures(
@@ -54,6 +54,21 @@ def test_json_has_the_exact_numbers(capsys: pytest.CaptureFixture[str]) -> None:
         == stage["flops_per_token"] * stage["row_length"]
         for stage in printed["stages"]
     )
+
+
+def test_decoding_has_a_column_for_each_context(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "recipe=flash"]) == 0
+    lines = [line.split("  ") for line in capsys.readouterr().out.splitlines()]
+    (heading,) = [line for line in lines if line[0].startswith("decode, GFLOP")]
+    assert [cell.strip() for cell in heading[1:] if cell] == ["4K", "16K", "64K", "256K", "1M"]
+    assert main(["plan", "recipe=flash", "--json"]) == 0
+    printed = json.loads(capsys.readouterr().out)["decoding"]
+    planned = plan(compose(["recipe=flash"]).config).decoding
+    assert [one["context"] for one in printed] == [4096, 16384, 65536, 262144, 1048576]
+    assert [one["flops"] for one in printed] == [one.cost.flops for one in planned]
+    assert [one["cache_bytes"] for one in printed] == [one.cost.cache_bytes for one in planned]
+    assert [one["own_cache_bytes"] for one in printed] == [one.own_cache_bytes for one in planned]
+    assert printed[-1]["share_of_v32_flops"] == planned[-1].cost.flops / planned[-1].reference.flops
 
 
 @pytest.mark.parametrize("words", [["--jsn"], ["recipe=flsh"], ["model.hidden_sise=3"], ["model.num_hidden_layers=7"]])
