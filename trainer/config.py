@@ -1,5 +1,6 @@
 """TrainConfig: everything a run is made of. Checks that need two packages live here and only here."""
 
+import re
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -95,6 +96,12 @@ class SampleConfig:
         require(0 < self.top_p <= 1, "top_p", self.top_p, "in (0, 1]")
 
 
+def check_name(name: str) -> None:
+    """Raise ValueError for a run's name that cannot be the beginning of a folder's name."""
+    expected = "letters, digits, '_', '.' and '-', at most 80, a letter or digit first"
+    require(re.fullmatch(r"[A-Za-z0-9][\w.-]{0,79}", name) is not None, "name", name, expected)
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainConfig:
     """One run. Fields that name a group of `configs/` have that group's name."""
@@ -122,6 +129,7 @@ class TrainConfig:
     sample: SampleConfig = field(default_factory=SampleConfig)
 
     def __post_init__(self) -> None:
+        check_name(self.name)
         require(0 <= self.seed < 2**63, "seed", self.seed, "between 0 and 2^63 - 1")
         require(self.threads > 0, "threads", self.threads, "a positive number of threads")
         self._check_rows()

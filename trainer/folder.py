@@ -22,11 +22,13 @@ from typing import Any, Literal
 import yaml
 
 from trainer import durable, journal, redact
+from trainer.config import check_name
 from trainer.provenance import Commit
 
 FINISHED = "finished"
 _FOLDERS = ("checkpoints", "samples", "logs", "wandb")
 _ID_DIGITS = 4
+_ABSENT = "absent"
 
 
 def identity(config: Mapping[str, Any]) -> str:
@@ -96,14 +98,28 @@ class RunFolder:
             os.close(self._lock)
             self._lock = None
 
-    def begin(self, kind: Literal["start", "resume"], step: int, versions: Mapping[str, str]) -> None:
+    def changed_keys(self, config: Mapping[str, Any]) -> list[str]:
+        """Where a resolved configuration differs from the one the run was created with: "KEY was VALUE, is VALUE"."""
+        saved = _leaves(yaml.safe_load((self.path / "config.yaml").read_text()))
+        now = _leaves(redact.values(config))
+        keys = [key for key in (saved | now) if saved.get(key, _ABSENT) != now.get(key, _ABSENT)]
+        return [f"{key} was {saved.get(key, _ABSENT)}, is {now.get(key, _ABSENT)}" for key in keys]
+
+    def begin(
+        self,
+        kind: Literal["start", "resume"],
+        step: int,
+        versions: Mapping[str, str],
+        changes: Sequence[str] = (),
+    ) -> None:
         """Notes that training goes on from `step`, and drops metrics of later steps, so that they read as one run.
 
-        "start" drops them all: without a checkpoint, step 0 comes again too.
+        "start" drops them all: without a checkpoint, step 0 comes again too. changes: what differs from before.
         """
         journal.keep(self.path / "metrics.jsonl", lambda row: kind == "resume" and row["step"] <= step)
         self._metrics = journal.Journal(self.path / "metrics.jsonl")
-        self._note({"event": kind, "step": step, "versions": dict(versions)})
+        row = {"event": kind, "step": step, "versions": dict(versions)}
+        self._note(row | ({"changes": list(changes)} if changes else {}))
 
     def end(self, reason: str, step: int, results: Mapping[str, float] | None = None) -> None:
         """Notes why training stopped at `step`: FINISHED, a signal's name, or the error; and what was measured then."""
@@ -140,10 +156,7 @@ def create(
     `config` is the resolved configuration as plain dicts, lists and scalars, `facts` comes from `provenance.facts`.
     Raises ValueError for a name that cannot be a folder's, OSError when the folder cannot be made.
     """
-    if not re.fullmatch(r"[A-Za-z0-9][\w.-]{0,79}", name):
-        raise ValueError(
-            f"name = {name}: expected letters, digits, '_', '.' and '-', at most 80, a letter or digit first"
-        )
+    check_name(name)
     config_identity = identity(config)
     runs_dir.mkdir(parents=True, exist_ok=True)
     working = runs_dir / f".creating-{name}-{secrets.token_hex(4)}"
@@ -186,6 +199,16 @@ def find_unfinished(runs_dir: Path, name: str, config_identity: str) -> RunFolde
         if run.config_identity == config_identity and not run.is_finished():
             return run
     return None
+
+
+def _leaves(tree: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    """Every value of nested sections as one line of YAML, by its dotted key."""
+    found: dict[str, str] = {}
+    for key, value in tree.items():
+        nested = isinstance(value, Mapping) and value
+        line = yaml.safe_dump(value, default_flow_style=True, width=10**6, allow_unicode=True).removesuffix("\n...\n")
+        found |= _leaves(value, f"{prefix}{key}.") if nested else {f"{prefix}{key}": line.strip()}
+    return found
 
 
 def _free_path(runs_dir: Path, name: str) -> Path:

@@ -110,21 +110,29 @@ def _resume(config: TrainConfig, run_folder: RunFolder, session: Session) -> int
             raise ValueError(f"run = {run_folder.path}: expected an unfinished run, this one is finished")
         data = read_data(config, session.say)
         facts = _facts(config, str(device), kernels, data.fingerprint)
-        _refuse_changes(run_folder.provenance, facts, session)
+        changes = _refuse_changes(run_folder.provenance, facts, session)
         found = checkpoint.recover(run_folder.checkpoints, session.say)
         built = build(config, data, device)
         if found is not None:
-            _refuse_changes(found[1].state["facts"], facts, session)
+            changes += _refuse_changes(found[1].state["facts"], facts, session)
             built.restore(found[1].tensors)
         first_step = found[1].step if found else 0
         session.say(f"run {run_folder.path}: going on after step {first_step} of {len(built.plans)}")
         session.say(f"kernels: {kernels}")
-        return _run(built, run_folder, facts, found[1] if found else None, session)
+        changes = [*run_folder.changed_keys(asdict(config)), *dict.fromkeys(changes)]
+        return _run(built, run_folder, facts, found[1] if found else None, session, changes)
     finally:
         run_folder.release()
 
 
-def _run(built: Built, run_folder: RunFolder, facts: Mapping[str, Any], loaded: Loaded | None, session: Session) -> int:
+def _run(
+    built: Built,
+    run_folder: RunFolder,
+    facts: Mapping[str, Any],
+    loaded: Loaded | None,
+    session: Session,
+    changes: Sequence[str] = (),
+) -> int:
     config, first_step = built.config, loaded.step if loaded else 0
     parts = built.parts
     observer = Observer(
@@ -140,7 +148,7 @@ def _run(built: Built, run_folder: RunFolder, facts: Mapping[str, Any], loaded: 
         progress=progress,
         facts=facts,
     )
-    run_folder.begin("resume" if loaded else "start", first_step, provenance.versions())
+    run_folder.begin("resume" if loaded else "start", first_step, provenance.versions(), changes)
     stop, done = Stop(), first_step
     try:
         with on_signals(stop), closing(outlets.writer):
@@ -202,7 +210,8 @@ def _finish(built: Built, run_folder: RunFolder, held_out: HeldOut, progress: Pr
     return results
 
 
-def _refuse_changes(saved: Mapping[str, Any], now: Mapping[str, Any], session: Session) -> None:
+def _refuse_changes(saved: Mapping[str, Any], now: Mapping[str, Any], session: Session) -> list[str]:
+    """What differs and may change the bits, where that is allowed; else ValueError."""
     differences = provenance.compare(saved, now)
     if saved.get("data_fingerprint") != now["data_fingerprint"]:
         differences.append("the training data or the tokenizer differ")
@@ -212,6 +221,7 @@ def _refuse_changes(saved: Mapping[str, Any], now: Mapping[str, Any], session: S
         )
     for difference in differences:
         session.say(f"bit-equality is off from here on: {difference}")
+    return differences
 
 
 def _facts(config: TrainConfig, device: str, kernels: str, data_fingerprint: str) -> dict[str, Any]:

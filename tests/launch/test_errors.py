@@ -56,6 +56,8 @@ WRONG_TYPES = [
     ("model.rope_scaling=3", "a section with the keys type, factor"),
 ]
 CONTRADICTIONS = [
+    ("name=a/b", "letters, digits, '_', '.' and '-', at most 80, a letter or digit first"),
+    ("name=.hidden", "a letter or digit first"),
     ("data.sources.stdlib.prompt_field=ask", "null: kind=stdlib has no fields"),
     ("data.sources.stdlib={kind: jsonl, path: a, prompt_field: text}", "another field than field=text"),
     ("model.num_experts_per_tok=999", "at most n_routed_experts="),

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import shutil
 import signal
 from collections.abc import Callable, Sequence
@@ -196,6 +197,17 @@ def test_other_bits_are_refused_unless_allowed(
     resume(changed, run_folder, allow_changes=True, stop_at=3)
     assert f"bit-equality is off from here on: {complaint}" in capsys.readouterr().out
     assert list(checkpoint.steps(run_folder.checkpoints)) == [2, 3]
+    noted = next(row["changes"] for row in run_folder.history() if row["event"] == "resume")
+    assert sum(re.match(complaint, line) is not None for line in noted) == 1
+
+
+def test_overrides_of_a_resume_are_in_the_history(config: TrainConfig) -> None:
+    train(config, stop_at=2)
+    run_folder = tiny.only_run(Path(config.runs_dir))
+    resume(config, run_folder, stop_at=3)
+    resume(replace(config, threads=3), run_folder, stop_at=4)
+    resumed = [row for row in run_folder.history() if row["event"] == "resume"]
+    assert [row.get("changes") for row in resumed] == [None, [f"threads was {config.threads}, is 3"]]
 
 
 def test_another_number_of_threads_goes_on_with_the_same_bits(config: TrainConfig, whole: RunFolder) -> None:

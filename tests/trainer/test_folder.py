@@ -151,6 +151,21 @@ def test_a_second_process_is_refused_until_the_first_is_dead(tmp_path: Path) -> 
 # history and metrics
 
 
+def test_keys_that_differ_are_told_without_their_secrets(tmp_path: Path) -> None:
+    config = {"seed": 1, "rate": {"peak": 0.5}, "lists": (1, [2]), "gone": None, "hub_token": "PLANTED"}
+    run = create(tmp_path, "debug", config, [], {}, CLEAN)
+    assert run.changed_keys({**config, "lists": [1, [2]], "hub_token": "OTHER"}) == []
+    other = {"seed": 1, "rate": {"peak": 0.25}, "lists": (1, [3]), "path": "s3://u:PLANTED@h/x", "hub_token": "PLANTED"}
+    assert run.changed_keys(other) == [
+        "rate.peak was 0.5, is 0.25",
+        "lists was [1, [2]], is [1, [3]]",
+        "gone was null, is absent",
+        "path was absent, is s3://[redacted]@h/x",
+    ]
+    run.begin("resume", 3, {}, run.changed_keys(other))
+    assert RunFolder(run.path).history()[-1]["changes"] == run.changed_keys(other)
+
+
 def test_history_tells_starts_and_ends(tmp_path: Path) -> None:
     run = make(tmp_path)
     run.begin("start", 0, {"torch": "2"})

@@ -144,7 +144,7 @@ def provenance(run: Run) -> str:
     )
     history = "".join(
         f"<tr><td>{escape(str(row.get('time', '')))}</td><td>{escape(str(row.get('event', '')))}</td>"
-        f'<td class="n">{escape(str(row.get("step", "")))}</td><td>{escape(str(row.get("reason", "")))}</td></tr>'
+        f'<td class="n">{escape(str(row.get("step", "")))}</td><td>{escape(_why(row))}</td></tr>'
         for row in run.history
     )
     return (
@@ -152,3 +152,8 @@ def provenance(run: Run) -> str:
         f'happened</summary><table><tr><th>time</th><th>event</th><th class="n">step</th><th>reason</th></tr>{history}'
         "</table></details>"
     )
+
+
+def _why(row: Mapping[str, Any]) -> str:
+    """Why a run stopped, or what had changed when it went on."""
+    return "; ".join([str(row["reason"])] if "reason" in row else map(str, row.get("changes", ())))

@@ -68,9 +68,10 @@ def test_the_page_is_one_closed_document() -> None:
 
 @pytest.mark.parametrize("poison", ["<script>alert(1)</script>", "\"'><img src=x onerror=alert(1)>", "a&b</style>"])
 def test_what_others_wrote_is_escaped(poison: str) -> None:
-    of = made_up.config(name=poison, source=poison)
+    of = made_up.config(source=poison) | {"name": poison}
     rows = [made_up.row(step, poison) | {f"optim/update_rms/{poison}": 1e-3} for step in range(1, 81)]
-    told = made_up.history(("start", 0, 0.0), ("end", 80, 1000.0, poison))
+    told = made_up.history(("start", 0, 0.0), ("resume", 40, 500.0), ("end", 80, 1000.0, poison))
+    told[1]["changes"] = [poison]
     run = made_up.run(
         rows=rows, told=told, config=of, path=Path(f"runs/{poison.replace('/', '')}"), samples={"step.txt": poison},
         overrides=[f"name={poison}"], provenance={"torch": poison, "device": poison, "commit": poison}, state="failed",
