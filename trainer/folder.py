@@ -109,16 +109,17 @@ class RunFolder:
         self,
         kind: Literal["start", "resume"],
         step: int,
-        versions: Mapping[str, str],
+        about: Mapping[str, Any],
         changes: Sequence[str] = (),
     ) -> None:
         """Notes that training goes on from `step`, and drops metrics of later steps, so that they read as one run.
 
-        "start" drops them all: without a checkpoint, step 0 comes again too. changes: what differs from before.
+        "start" drops them all: without a checkpoint, step 0 comes again too. about: more of this session.
+        changes: what differs from before.
         """
-        journal.keep(self.path / "metrics.jsonl", lambda row: kind == "resume" and row["step"] <= step)
+        dropped = journal.keep(self.path / "metrics.jsonl", lambda row: kind == "resume" and row["step"] <= step)
         self._metrics = journal.Journal(self.path / "metrics.jsonl")
-        row = {"event": kind, "step": step, "versions": dict(versions)}
+        row = {"event": kind, "step": step, "steps_again": dropped, **about}
         self._note(row | ({"changes": list(changes)} if changes else {}))
 
     def end(self, reason: str, step: int, results: Mapping[str, float] | None = None) -> None:

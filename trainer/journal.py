@@ -49,18 +49,21 @@ def read(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def keep(path: Path, wanted: Callable[[Mapping[str, Any]], bool]) -> None:
-    """Rewrites the file with the wanted rows only: after a crash it is the old one or the new one."""
+def keep(path: Path, wanted: Callable[[Mapping[str, Any]], bool]) -> int:
+    """Rewrites the file with the wanted rows only and returns how many went; after a crash it is the old or the new."""
     if not path.exists():
-        return
-    temporary = path.with_name(f".{path.name}.writing")
+        return 0
+    temporary, dropped = path.with_name(f".{path.name}.writing"), 0
     with path.open("rb") as source, temporary.open("wb") as target:
         for number, line in enumerate(source, start=1):
-            if line.endswith(b"\n") and wanted(parse(path, number, line)):
-                target.write(line)
+            if line.endswith(b"\n"):
+                keeps = wanted(parse(path, number, line))
+                target.write(line if keeps else b"")
+                dropped += not keeps
     durable.sync(temporary)
     temporary.replace(path)
     durable.sync(path.parent)
+    return dropped
 
 
 def parse(path: Path, number: int, line: bytes) -> dict[str, Any]:

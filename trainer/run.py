@@ -148,7 +148,7 @@ def _run(
         progress=progress,
         facts=facts,
     )
-    run_folder.begin("resume" if loaded else "start", first_step, provenance.versions(), changes)
+    run_folder.begin("resume" if loaded else "start", first_step, _about(observer, first_step, facts), changes)
     stop, done = Stop(), first_step
     try:
         with on_signals(stop), closing(outlets.writer):
@@ -175,6 +175,16 @@ def _run(
     results = _finish(built, run_folder, observer.held_out, progress)
     run_folder.end(FINISHED, done, results)
     return 0
+
+
+def _about(observer: Observer, step: int, facts: Mapping[str, Any]) -> dict[str, Any]:
+    """What the run's history keeps of a session besides what has changed."""
+    built, commit = observer.built, provenance.commit()
+    return {
+        "tokens": built.plans[step].tokens if step < len(built.plans) else _total_tokens(built),
+        "product_flops_per_s": observer.product_rate,
+        "facts": {**facts, "commit": commit.commit, "dirty": commit.dirty},
+    }
 
 
 def _tell(kept: Kept, run_folder: RunFolder) -> None:

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from tests.runs import tiny
-from trainer import checkpoint, loop
+from trainer import checkpoint, journal, loop
 from trainer.build import Built
 from trainer.config import TrainConfig
 from trainer.folder import RunFolder
@@ -208,6 +208,36 @@ def test_overrides_of_a_resume_are_in_the_history(config: TrainConfig) -> None:
     resume(replace(config, threads=3), run_folder, stop_at=4)
     resumed = [row for row in run_folder.history() if row["event"] == "resume"]
     assert [row.get("changes") for row in resumed] == [None, [f"threads was {config.threads}, is 3"]]
+
+
+def test_the_history_says_where_each_session_began(config: TrainConfig) -> None:
+    """So that the rows of metrics have their session, and no step is lost or told twice."""
+    train(config, stop_at=3)
+    run_folder = tiny.only_run(Path(config.runs_dir))
+    resume(config, run_folder, stop_at=6)
+    # Without its checkpoint, what rows 4 to 6 tell of comes again.
+    shutil.rmtree(run_folder.checkpoints / "step-000006")
+    resume(config, run_folder)
+    begun = [row for row in run_folder.history() if row["event"] != "end"]
+    rows = tiny.metrics_rows(run_folder)
+    tokens = {0: 0} | {row["step"]: row["tokens"] for row in rows}
+    assert [row["step"] for row in rows] == list(range(1, tiny.STEPS + 1))
+    assert [(row["event"], row["step"], row["steps_again"]) for row in begun] == [
+        ("start", 0, 0),
+        ("resume", 3, 0),
+        ("resume", 3, 3),
+    ]
+    assert [row["tokens"] for row in begun] == [tokens[row["step"]] for row in begun]
+    measured = {
+        row["step"]: row.get("speed/product_flops_per_s") for row in journal.read(run_folder.path / "metrics.jsonl")
+    }
+    assert {step: rate for step, rate in measured.items() if rate} == {
+        1: begun[0]["product_flops_per_s"],
+        4: begun[2]["product_flops_per_s"],
+    }
+    assert all(
+        run_folder.provenance.items() >= {(key, row["facts"][key]) for key in ("torch", "commit")} for row in begun
+    )
 
 
 def test_another_number_of_threads_goes_on_with_the_same_bits(config: TrainConfig, whole: RunFolder) -> None:

@@ -168,12 +168,12 @@ def test_keys_that_differ_are_told_without_their_secrets(tmp_path: Path) -> None
 
 def test_history_tells_starts_and_ends(tmp_path: Path) -> None:
     run = make(tmp_path)
-    run.begin("start", 0, {"torch": "2"})
+    run.begin("start", 0, {"facts": {"torch": "2"}})
     run.end("SIGTERM https://u:PLANTED@h/x", 5)
     run.release()
     rows = RunFolder(run.path).history()
     assert [(row["event"], row["step"]) for row in rows] == [("start", 0), ("end", 5)]
-    assert rows[0]["versions"] == {"torch": "2"}
+    assert rows[0]["facts"] == {"torch": "2"}
     assert rows[1]["reason"] == "SIGTERM https://[redacted]@h/x"
     assert all(row["time"].endswith("+00:00") for row in rows)
 
@@ -196,6 +196,7 @@ def test_metrics_after_the_resumed_step_are_dropped_so_that_the_file_reads_as_on
     run.lock()
     run.begin("resume", 2, {})
     assert rows_of(run) == [0, 1, 2, 2]
+    assert [row["steps_again"] for row in run.history()] == [0, 2], "whole rows only"
     for step in (3, 4):
         run.append_metrics({"step": step, "loss": 1 / (step + 7)})
     assert (run.path / "metrics.jsonl").read_bytes() == before
