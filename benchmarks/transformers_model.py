@@ -3,6 +3,7 @@
 It is not among the dependencies: python -m pip install transformers==5.23.0
 """
 
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -61,14 +62,8 @@ def build(model: Transformer) -> Any:
 
 
 def _config(config: ModelConfig) -> dict[str, Any]:
-    same = (
-        "vocab_size hidden_size moe_intermediate_size num_hidden_layers num_attention_heads head_dim q_lora_rank "
-        "num_experts_per_tok n_routed_experts routed_scaling_factor max_position_embeddings rope_theta "
-        "compress_rope_theta hc_mult hc_sinkhorn_iters hc_eps num_hash_layers swiglu_limit sliding_window o_groups "
-        "o_lora_rank index_n_heads index_head_dim index_topk rms_norm_eps qk_rope_head_dim"
-    ).split()
-    ratios = list(config.attention_ratios)
-    return {key: getattr(config, key) for key in same} | {"compress_ratios": ratios}
+    keys = {key: value for key, value in asdict(config).items() if value is not None}
+    return keys | {"compress_ratios": list(config.attention_ratios)}
 
 
 def _weights(model: Transformer) -> dict[str, Tensor]:

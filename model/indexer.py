@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from model.attend import products
 from model.compressor import Compressor
 from model.config import CSA_RATIO, ModelConfig
 from model.layers import Linear, at_least_fp32
@@ -59,10 +60,9 @@ class Indexer(nn.Module):
         return q_BTIJ, at_least_fp32(self.weights_proj(h_BTD)) * (self.dim**-0.5 * self.heads**-0.5)
 
 
-def scores(q_BQIJ: Tensor, k_BSJ: Tensor, w_BQI: Tensor) -> Tensor:
-    """I_ts = sum_h w_th relu(q_th . k_s), [B, Q, S] in at least fp32."""
-    product = at_least_fp32(q_BQIJ).flatten(1, 2) @ at_least_fp32(k_BSJ).transpose(1, 2)
-    relu_BQIS = torch.relu(product).unflatten(1, q_BQIJ.shape[1:3])
+def scores(q_BQIJ: Tensor, key: Tensor, w_BQI: Tensor) -> Tensor:
+    """I_ts = sum_h w_th relu(q_th . k_s), [B, Q, S] in at least fp32; keys [B, S, J], or each query's own [B, Q, S, J]."""
+    relu_BQIS = torch.relu(products(at_least_fp32(q_BQIJ), at_least_fp32(key)))
     return torch.matmul(w_BQI.unsqueeze(-2), relu_BQIS).squeeze(-2)
 
 
@@ -77,14 +77,23 @@ def select(index: Index, topk: int, sight: Sight) -> Tensor:
 
 
 def _chunk_scores(index: Index, chunk: Chunk) -> Tensor:
-    return scores(*_chunk_inputs(index.q_BTIJ, index.k_BSJ, index.w_BTI, chunk))
+    return scores(index.q_BTIJ[:, chunk.rows], index.k_BSJ[:, : chunk.entries], index.w_BTI[:, chunk.rows])
 
 
 def top(score_BQS: Tensor, visible_BQS: Tensor, count: int) -> Tensor:
-    """Slots of the `count` highest visible scores, [B, Q, count]; -1 where there are fewer; ties to the earlier."""
-    ranked = score_BQS.masked_fill(~visible_BQS, -torch.inf).sort(dim=-1, descending=True, stable=True)
-    slot_BQZ = ranked.indices[..., :count].masked_fill(ranked.values[..., :count] == -torch.inf, -1)
-    return nn.functional.pad(slot_BQZ, (0, count - slot_BQZ.shape[-1]), value=-1)
+    """Slots of the `count` highest visible scores, [B, Q, count]; -1 where there are fewer; ties to the earlier.
+
+    Without a tie at the border the choice is unique; only queries with one are sorted stably, which is slower.
+    """
+    score_BQS = score_BQS.masked_fill(~visible_BQS, -torch.inf)
+    width = min(count, score_BQS.shape[-1])
+    value_BQZ, slot_BQZ = score_BQS.topk(width, dim=-1, sorted=False)
+    if width:
+        border_BQ1 = value_BQZ.amin(-1, keepdim=True)
+        tied_BQ = ((score_BQS >= border_BQ1).sum(-1) > width) & (border_BQ1.squeeze(-1) > -torch.inf)
+        slot_BQZ[tied_BQ] = score_BQS[tied_BQ].sort(dim=-1, descending=True, stable=True).indices[..., :width]
+        slot_BQZ = slot_BQZ.masked_fill(~visible_BQS.gather(-1, slot_BQZ), -1)
+    return nn.functional.pad(slot_BQZ, (0, count - width), value=-1)
 
 
 def kl_sum(index: Index, target: Target, sight: Sight, counted_BT: Tensor) -> Tensor:
@@ -121,37 +130,38 @@ class _KlSum(torch.autograd.Function):
         q_BTIJ, k_BSJ, w_BTI, counted_BT = ctx.saved_tensors
         grad_q, grad_k, grad_w = torch.zeros_like(q_BTIJ), torch.zeros_like(k_BSJ), torch.zeros_like(w_BTI)
         for chunk in ctx.chunks:
-            q, k, w = (x.detach().requires_grad_() for x in _chunk_inputs(q_BTIJ, k_BSJ, w_BTI, chunk))
+            q, key, w = (x.detach().requires_grad_() for x in _chunk_inputs(q_BTIJ, k_BSJ, w_BTI, chunk))
             with torch.enable_grad():
-                divergence = _chunk_kl(q, k, w, ctx.target, chunk, counted_BT[:, chunk.rows])
-            parts = torch.autograd.grad(divergence, (q, k, w), grad)
-            for whole, part in zip(_chunk_inputs(grad_q, grad_k, grad_w, chunk), parts, strict=True):
-                whole += part
+                divergence = _chunk_kl(q, key, w, ctx.target, chunk, counted_BT[:, chunk.rows])
+            grad_q[:, chunk.rows], grad_key, grad_w[:, chunk.rows] = torch.autograd.grad(divergence, (q, key, w), grad)
+            chunk.add_to_entries(grad_k, grad_key)
         return grad_q, grad_k, grad_w, None, None, None
 
 
 def _chunk_inputs(q_BTIJ: Tensor, k_BSJ: Tensor, w_BTI: Tensor, chunk: Chunk) -> tuple[Tensor, Tensor, Tensor]:
-    """Views of what one chunk works on: its queries, the keys it may see, its head weights."""
-    return q_BTIJ[:, chunk.rows], k_BSJ[:, : chunk.entries], w_BTI[:, chunk.rows]
+    """What one chunk works on: its queries, the keys they may see, their head weights."""
+    return q_BTIJ[:, chunk.rows], chunk.of_entries(k_BSJ), w_BTI[:, chunk.rows]
 
 
-def _chunk_kl(q_BQIJ: Tensor, k_BSJ: Tensor, w_BQI: Tensor, target: Target, chunk: Chunk, counted_BQ: Tensor) -> Tensor:
+def _chunk_kl(q_BQIJ: Tensor, key: Tensor, w_BQI: Tensor, target: Target, chunk: Chunk, counted_BQ: Tensor) -> Tensor:
     p_BQS = target_probability(target, chunk)
     visible_BQS = chunk.visible_entries() & counted_BQ.unsqueeze(-1)
     # A query without any visible block keeps its finite scores and counts 0: -inf everywhere would be NaN.
     hidden_BQS = ~visible_BQS & visible_BQS.any(-1, keepdim=True)
-    log_q = torch.log_softmax(scores(q_BQIJ, k_BSJ, w_BQI).masked_fill(hidden_BQS, -torch.inf), dim=-1)
+    log_q = torch.log_softmax(scores(q_BQIJ, key, w_BQI).masked_fill(hidden_BQS, -torch.inf), dim=-1)
     divergence = torch.xlogy(p_BQS, p_BQS) - p_BQS * log_q.masked_fill(~visible_BQS, 0)
     return divergence.masked_fill(~visible_BQS, 0).sum()
 
 
 @torch.no_grad()
 def target_probability(target: Target, chunk: Chunk) -> Tensor:
-    """p_BQS of one chunk: exp(z - lse) summed over heads, normalised over the chunk's visible slots; 0 elsewhere."""
-    q_BQHC = at_least_fp32(target.q_BTHC[:, chunk.rows])
-    entry_BSC = at_least_fp32(target.entry_BSC[:, : chunk.entries])
-    z = q_BQHC.flatten(1, 2) @ entry_BSC.transpose(1, 2) * q_BQHC.shape[-1] ** -0.5
-    p_BQHS = torch.exp(z.unflatten(1, q_BQHC.shape[1:3]) - target.lse_BTH[:, chunk.rows].unsqueeze(-1))
+    """p_BQS of one chunk: exp(z - lse) summed over heads, normalised over the chunk's visible slots; 0 elsewhere.
+
+    S: all entries of the chunk, or the gathered slots of each query.
+    """
+    q_BQHC = at_least_fp32(target.q_BTHC[:, chunk.rows]) * target.q_BTHC.shape[-1] ** -0.5
+    z_BQHS = products(q_BQHC, at_least_fp32(chunk.of_entries(target.entry_BSC)))
+    p_BQHS = torch.exp(z_BQHS - target.lse_BTH[:, chunk.rows].unsqueeze(-1))
     p_BQS = p_BQHS.sum(2).masked_fill(~chunk.visible_entries(), 0)
     return p_BQS / p_BQS.sum(-1, keepdim=True).clamp_min(torch.finfo(p_BQS.dtype).tiny)
 

@@ -51,11 +51,14 @@ ATTENTION = {
     "sink dropped": mistake("attend._weigh", (" + torch.exp(sink_H1 - max_BQH1)", "")),
     "sink contributes a value": mistake(
         "attend._weigh",
-        ("(exp_BQHK.flatten", "((exp_BQHK + (total_BQH1 - exp_BQHK.sum(-1, keepdim=True)) / 9).flatten"),
+        (
+            "parts = exp_BQHK.split(",
+            "parts = (exp_BQHK + (total_BQH1 - exp_BQHK.sum(-1, keepdim=True)) / 9).split(",
+        ),
     ),
     "sink learns in the wrong direction": mistake("attend._Attend.backward", ("grad_sink = -(", "grad_sink = (")),
-    "values get no gradient of the output": mistake("attend._Attend.backward", (" + p.transpose(1, 2) @ grad_out", "")),
-    "scores not scaled": mistake("attend._scores", (" * q_BQHC.shape[-1] ** -0.5", "")),
+    "values get no gradient of the output": mistake("attend._Attend.backward", (" + _to_keys(p, grad_BQHC, key)", "")),
+    "scores not scaled": mistake("attend._scaled", (" * q_BTHC.shape[-1] ** -0.5", "")),
     "q without its norm per head": mistake(
         "attention.Attention.queries",
         ("self.norm_rotate(q_BTHC, None, self.config.rms_norm_eps, turn_T)", "self.rotate(q_BTHC, turn_T)"),
@@ -140,11 +143,17 @@ COMPRESSOR = {
 
 INDEXER = {
     "top-k over invisible blocks": mistake(
-        "indexer.top", ("score_BQS.masked_fill(~visible_BQS, -torch.inf)", "score_BQS")
+        "indexer.top",
+        ("score_BQS.masked_fill(~visible_BQS, -torch.inf)", "score_BQS.clone()"),
+        ("~visible_BQS.gather(-1, slot_BQZ)", "slot_BQZ < 0"),
     ),
     "one block fewer selected": mistake("indexer.select", ("min(topk, index", "min(topk - 1, index")),
-    "the lowest scores selected": mistake("indexer.top", ("ranked = score_BQS", "ranked = (-score_BQS)")),
-    "index scores without relu": mistake("indexer.scores", ("torch.relu(product)", "product")),
+    "the lowest scores selected": mistake(
+        "indexer.top", ("score_BQS = score_BQS.masked", "score_BQS = (-score_BQS).masked")
+    ),
+    "index scores without relu": mistake(
+        "indexer.scores", ("torch.relu(products(at_least_fp32(q_BQIJ), at_least_fp32(key)))", "products(q_BQIJ, key)")
+    ),
     "index weights not scaled by heads": mistake("indexer.Indexer.queries", (" * self.heads**-0.5", "")),
     "index queries not rotated": mistake(
         "indexer.Indexer.queries",

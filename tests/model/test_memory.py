@@ -4,6 +4,7 @@ Every storage that a forward pass makes is followed: those alive at its end, wit
 graph, the contexts of hand-written functions and the closures of recomputation keep. Largest tensors are followed too.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -127,6 +128,7 @@ def attended(chunk: Chunk, T: int) -> Tensor:
 
 
 def test_attention_that_keeps_its_scores_is_seen(model: Transformer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sight, "GATHER", math.inf)  # all entries under a mask, as `attended` reads it
     token_BT = torch.tensor(documents(1, [45], 61))
     right = model(token_BT).h_BTD
     for block in model.blocks():
