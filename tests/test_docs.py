@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from launch import compose as composing
-from launch import device, main, resume, runs, sample, train
+from launch import device, main, report, resume, runs, sample, status, train
 from launch import test as test_verb
 from launch.compose import CONFIGS, compose
 from tests.test_style import DOORS
@@ -97,9 +97,10 @@ def stubbed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (run / "provenance.json").write_text("{}")
     monkeypatch.setattr(composing, "CONFIGS", configs)
     monkeypatch.setattr(device, "prepare", lambda chosen: None)
-    for module in (resume, sample, runs):
+    for module in (resume, sample, runs, report, status):
         monkeypatch.setattr(module, "find_run", lambda word: run)
     monkeypatch.setattr(train, "find_crash", lambda word: run)
+    monkeypatch.setattr("trainer.report.read.newest", lambda runs_dir: run)
     monkeypatch.setattr("trainer.debug.replay.replay", lambda *args, **kwargs: 0)
     monkeypatch.setattr("trainer.run.train", lambda *args, **kwargs: 0)
     monkeypatch.setattr("trainer.run.resume", lambda *args, **kwargs: 0)

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 from trainer.report.charts import Axis, Chart, Line, figure
 from trainer.report.lines import STAGE_NAMES, smoothed
@@ -61,7 +62,7 @@ def learning_charts(run: Run) -> list[Chart]:
             crop=True,
             lines=[
                 line
-                for i, name in enumerate(sources[:6])
+                for i, name in enumerate(sources[:6] if len(sources) > 1 else [])
                 for line in smoothed(run, name.removeprefix("loss/source/"), name, i + 1)
             ],
             note=f"the first 6 of {len(sources)} sources" if len(sources) > 6 else "",
@@ -169,8 +170,9 @@ def health_charts(run: Run) -> list[Chart]:
 def speed_charts(run: Run) -> list[Chart]:
     """Tokens, FLOP and memory."""
     peak, used = run.series("memory/peak_bytes"), run.series("memory/rss_bytes")
-    most = max((value for _, value in [*peak, *used]), default=0.0)
-    scale, unit = (2**30, "GiB") if most >= 8 * 2**30 else (2**20, "MiB")
+    large = max((value for _, value in [*peak, *used]), default=0.0) >= 8 * 2**30
+    scale, unit = (2**30, "GiB") if large else (2**20, "MiB")
+    fast = (run.last("speed/model_flops_per_s") or 0.0) >= 1e12
     return [
         Chart(
             title="Speed",
@@ -180,8 +182,11 @@ def speed_charts(run: Run) -> list[Chart]:
         ),
         Chart(
             title="Model FLOP/s",
-            unit="counted, not measured by a counter",
-            lines=smoothed(run, "FLOP/s", "speed/model_flops_per_s", 1),
+            unit="TFLOP/s, as counted" if fast else "GFLOP/s, as counted",
+            lines=[
+                replace(line, points=[(tokens, value / (1e12 if fast else 1e9)) for tokens, value in line.points])
+                for line in smoothed(run, "FLOP/s", "speed/model_flops_per_s", 1)
+            ],
             zero=True,
         ),
         Chart(
@@ -195,8 +200,8 @@ def speed_charts(run: Run) -> list[Chart]:
             title="Memory",
             unit=unit,
             lines=[
-                Line(label="peak", points=[(x, y / scale) for x, y in peak], colour=2),
-                Line(label="process", points=[(x, y / scale) for x, y in used], colour=1),
+                Line(label="peak", points=[(tokens, value / scale) for tokens, value in peak], colour=2),
+                Line(label="process", points=[(tokens, value / scale) for tokens, value in used], colour=1),
             ],
             zero=True,
         ),

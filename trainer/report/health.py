@@ -9,8 +9,8 @@ from trainer.report.numbers import count, percent, short, size
 from trainer.report.read import Run
 from trainer.report.verdict import Level, Reason, Verdict, above, judge
 
-CLIPPED_LOOK = 0.5
-"""Share of the last steps whose gradient was clipped: beyond it the clip, not the rate, sets the step's size."""
+CLIP_SCALE_LOOK = 0.5
+"""Mean factor of the clip over the last steps: below it the clip, not the rate, sets the size of a step."""
 
 NORM_LOOK, NORM_BAD = 10.0, 100.0
 """The largest gradient norm of the last steps over their median."""
@@ -67,13 +67,13 @@ def not_finite(rows: Sequence[Mapping[str, Any]]) -> Reason | None:
 
 
 def clipped(scales: Sequence[float]) -> Reason | None:
-    """Share of steps whose gradient the clip made smaller."""
+    """How often the clip made the gradient smaller, and by how much in the mean."""
     if not scales:
         return None
-    share = sum(scale < 1 for scale in scales) / len(scales)
-    return Reason(
-        level=above(share, CLIPPED_LOOK), text=f"gradient clipped in {percent(share)} of the last {len(scales)} steps"
-    )
+    share, mean = sum(scale < 1 for scale in scales) / len(scales), fmean(scales)
+    by = f", to {percent(mean)} of its norm in the mean" if share else ""
+    text = f"gradient clipped in {percent(share)} of the last {len(scales)} steps{by}"
+    return Reason(level="good" if mean >= CLIP_SCALE_LOOK else "look", text=text)
 
 
 def gradient_spikes(norms: Sequence[float]) -> Reason | None:

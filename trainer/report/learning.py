@@ -32,9 +32,9 @@ def learning(run: Run) -> Verdict:
         "learning",
         [
             _finite(losses),
-            _against_bigram(held_out, bigram, run.last("validation/bits_per_byte")),
+            held_out_course(held_out, run.last("validation/bits_per_byte")),
+            against_bigram(held_out[-1], bigram) if held_out and bigram is not None else None,
             against_guessing((held_out or newest or [math.nan])[-1], run.config["model"]["vocab_size"]),
-            held_out_course(held_out),
             training_course(newest),
             gap(held_out[-1], fmean(newest)) if held_out and newest else None,
             _recall(run),
@@ -46,10 +46,8 @@ def against_bigram(held_out: float, bigram: float) -> Reason:
     """A model that has learned anything of order is below a bigram model fitted on the whole training text."""
     difference = held_out - bigram
     where = "below" if difference < 0 else "above"
-    level: Level = "good" if difference < 0 else "look"
-    return Reason(
-        level=level, text=f"{abs(difference):.2f} nats {where} the bigram model of the same text ({bigram:.2f})"
-    )
+    text = f"held out {abs(difference):.2f} nats {where} the bigram model of the same text ({bigram:.2f})"
+    return Reason(level="good" if difference < 0 else "look", text=text)
 
 
 def against_guessing(loss: float, vocabulary: int) -> Reason | None:
@@ -62,15 +60,19 @@ def against_guessing(loss: float, vocabulary: int) -> Reason | None:
     )
 
 
-def held_out_course(losses: Sequence[float]) -> Reason | None:
-    """The last held-out loss against the best and the first."""
-    if len(losses) < 2:
+def held_out_course(losses: Sequence[float], bits: float | None = None) -> Reason | None:
+    """The last held-out loss against the lowest before it; bits: the same loss in bits per byte."""
+    if not losses:
         return None
-    best, last = min(losses[:-1]), losses[-1]
+    last = losses[-1]
+    said = f"held-out loss {last:.3f} nats" + (f" ({bits:.2f} bits per byte)" if bits is not None else "")
+    if len(losses) == 1:
+        return Reason(level="good", text=f"{said}, measured once")
+    best = min(losses[:-1])
     if last <= best:
-        return Reason(level="good", text=f"held-out loss {last:.3f} nats, its lowest of {len(losses)} measurements")
+        return Reason(level="good", text=f"{said}, its lowest of {len(losses)} measurements")
     level = above(last - best, REGRESSION_LOOK_NATS, REGRESSION_BAD_NATS)
-    return Reason(level=level, text=f"held-out loss {last:.3f} nats, {last - best:.3f} above its lowest")
+    return Reason(level=level, text=f"{said}, {last - best:.3f} above its lowest")
 
 
 def training_course(losses: Sequence[float]) -> Reason | None:
@@ -101,14 +103,6 @@ def recall(first: float, last: float) -> Reason:
     level: Level = "good" if last >= RECALL_LOOK else "look"
     course = f", {'up' if last > first else 'down'} from {first:.2f}" if f"{first:.2f}" != f"{last:.2f}" else ""
     return Reason(level=level, text=f"indexer recall {last:.2f}{course}")
-
-
-def _against_bigram(held_out: Sequence[float], bigram: float | None, bits: float | None) -> Reason | None:
-    if not held_out or bigram is None:
-        return None
-    reason = against_bigram(held_out[-1], bigram)
-    in_bits = f" ({bits:.2f} bits per byte)" if bits is not None else ""
-    return Reason(level=reason.level, text=f"held-out loss {held_out[-1]:.2f} nats{in_bits}, {reason.text}")
 
 
 def _recall(run: Run) -> Reason | None:

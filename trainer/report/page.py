@@ -86,7 +86,7 @@ def verdict_cards(found: Sequence[Verdict]) -> str:
 
 def section(title: str, content: str) -> str:
     """A headed part of the page; nothing where it has no content."""
-    return f"<section><h2>{escape(title)}</h2>{content}</section>" if content else ""
+    return f'<section id="{escape(title.lower())}"><h2>{escape(title)}</h2>{content}</section>' if content else ""
 
 
 def lacks(run: Run) -> str:
