@@ -49,12 +49,10 @@ def main(argv: list[str]) -> int:
         for name, style, width, height, light in SHOTS:
             html.write_text(whole.replace("</style>", f"{style}</style>", 1), encoding="utf-8")
             target = PICTURES / f"{name}.png"
-            subprocess.run(
-                [browser, "--headless=new", "--no-sandbox", "--hide-scrollbars", f"--user-data-dir={folder}/profile",
-                 f"--window-size={width},{height}", f"--blink-settings=preferredColorScheme={light}",
-                 f"--screenshot={target}", f"file://{html}"],
-                check=True, capture_output=True,
-            )  # fmt: skip
+            options = ["--headless=new", "--no-sandbox", "--hide-scrollbars", "--virtual-time-budget=1000"]
+            options += [f"--window-size={width},{height}", f"--blink-settings=preferredColorScheme={light}"]
+            options += [f"--user-data-dir={folder}/profile", f"--screenshot={target}"]
+            subprocess.run([browser, *options, f"file://{html}"], check=True, capture_output=True)
             print(f"{target.relative_to(ROOT)} {target.stat().st_size} bytes")
             assert target.stat().st_size < LIMIT_BYTES, "a picture of a page is small"
     return 0

@@ -57,6 +57,7 @@ def text_files() -> list[Path]:
     """Everything that is read as text: code, configurations, documents, settings."""
     top = [path for path in ROOT.iterdir() if path.is_file() and path.suffix in TEXT_SUFFIXES]
     below = [path for folder in ("configs", "docs", ".ci") for path in (ROOT / folder).rglob("*") if path.is_file()]
+    below = [path for path in below if path.suffix != ".png"]
     return sorted({*top, *below, *code_files()})
 
 

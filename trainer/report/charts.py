@@ -52,7 +52,8 @@ class Line:
 class Chart:
     """Curves with one unit. levels: horizontal lines with a name. note: words below.
 
-    zero: the axis begins at 0. crop: a high beginning that would flatten the rest is left out, and said to be.
+    zero: the axis begins at 0. least: its least range, so that rounding does not look like a course. crop: a high
+    beginning that would flatten the rest is left out, and said to be.
     """
 
     title: str
@@ -62,6 +63,7 @@ class Chart:
     log: bool = False
     zero: bool = False
     crop: bool = False
+    least: float = 0.0
     height: int = 168
     note: str = ""
     show: Callable[[float], str] = field(default=short)
@@ -153,6 +155,7 @@ def scale_for(values: Sequence[float], chart: Chart) -> Scale:
     low = min(low, 0.0) if chart.zero else low
     flat = high - low <= 1e-9 * abs(high)
     room = (0.1 * abs(high) or 1.0) if flat else 0.06 * (high - low)
+    room = max(room, (chart.least - (high - low)) / 2)
     return Scale(low=low if chart.zero and low == 0 else low - room, high=high + room, height=chart.height)
 
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 from html import escape
 from typing import Any
 
-from trainer.report import curves
+from trainer.report import curves, speed
 from trainer.report.charts import Axis, Chart, Line, figure
 from trainer.report.numbers import Points, at, short
 from trainer.report.page import document, section, verdict_cards
@@ -25,7 +25,7 @@ def comparison(first: Run, second: Run) -> str:
     groups = (
         ("Learning", curves.learning_charts),
         ("Health", curves.health_charts),
-        ("Speed", curves.speed_charts),
+        ("Speed", lambda run: speed.speed_charts(run, (first, second))),
     )
     body = [
         _header(first, second),

@@ -2,16 +2,12 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
 
 from trainer.report.charts import Axis, Chart, Line, figure
 from trainer.report.lines import STAGE_NAMES, smoothed
-from trainer.report.numbers import Points, percent
+from trainer.report.numbers import percent, short
 from trainer.report.read import Run
-from trainer.report.shapes import bands, stacked, strip
-
-STEP_PARTS = ("wait", "forward", "backward", "reduce", "update", "save")
-"""What a step's seconds are split into; the rest is shown as such."""
+from trainer.report.shapes import bands, strip
 
 
 def schedule_strips(run: Run, axis: Axis) -> str:
@@ -107,8 +103,6 @@ def chart_of_losses(run: Run) -> Chart:
 
 def health_charts(run: Run) -> list[Chart]:
     """Gradients, routing, residual streams, clamps."""
-    experts = run.config["model"]["n_routed_experts"]
-    low, high = run.series("router/bias_min"), run.series("router/bias_max")
     return [
         Chart(
             title="Gradient norm",
@@ -117,6 +111,51 @@ def health_charts(run: Run) -> list[Chart]:
             levels=[(run.config["optim"]["clip_norm"], "clip")] if run.config["optim"].get("clip_norm") else [],
             log=True,
         ),
+        *_routing_charts(run),
+        Chart(
+            title="mHC residual mixes",
+            unit="distance of row and column sums from 1",
+            show=lambda value: short(value, 2),
+            lines=[
+                Line(label="rows", points=run.series("mhc/row_sum_error"), colour=1),
+                Line(label="columns", points=run.series("mhc/col_sum_error"), colour=2),
+            ],
+            log=True,
+        ),
+        Chart(
+            title="mHC composite gain",
+            unit="all residual mixes together; doubly stochastic: 1",
+            least=0.1,
+            lines=[
+                Line(label="forward", points=run.series("mhc/composite_gain"), colour=1),
+                Line(label="backward", points=run.series("mhc/composite_gain_backward"), colour=2),
+            ],
+        ),
+        Chart(
+            title="Clamped activations",
+            unit="share of the experts' activations at the clamp",
+            lines=[Line(label="clamped", points=run.series("experts/clamped_ratio"), colour=1)],
+            zero=True,
+            show=percent,
+        ),
+    ]
+
+
+def figures(charts: Sequence[Chart], axis: Axis) -> list[str]:
+    """The charts that have something to show, as HTML."""
+    return [html for chart in charts if not is_zero(chart) and (html := figure(chart, axis))]
+
+
+def is_zero(chart: Chart) -> bool:
+    """Whether all it could show is 0, which one word says as well."""
+    values = [value for line in chart.lines for _, value in line.points]
+    return bool(values) and not any(values)
+
+
+def _routing_charts(run: Run) -> list[Chart]:
+    experts = run.config["model"]["n_routed_experts"]
+    low, high = run.series("router/bias_min"), run.series("router/bias_max")
+    return [
         Chart(
             title="Fullest expert",
             unit="tokens over the mean, mean of learned layers",
@@ -143,96 +182,7 @@ def health_charts(run: Run) -> list[Chart]:
             lines=[Line(label="experts", points=run.series("router/dead_experts"), colour=1)],
             zero=True,
         ),
-        Chart(
-            title="mHC residual mixes",
-            unit="distance of row and column sums from 1",
-            lines=[
-                Line(label="rows", points=run.series("mhc/row_sum_error"), colour=1),
-                Line(label="columns", points=run.series("mhc/col_sum_error"), colour=2),
-            ],
-            log=True,
-        ),
-        Chart(
-            title="mHC composite gain",
-            unit="all residual mixes together; doubly stochastic: 1",
-            lines=[Line(label="gain", points=run.series("mhc/composite_gain"), colour=1)],
-        ),
-        Chart(
-            title="Clamped activations",
-            unit="share of the experts' activations at the clamp",
-            lines=[Line(label="clamped", points=run.series("experts/clamped_ratio"), colour=1)],
-            zero=True,
-            show=percent,
-        ),
     ]
-
-
-def speed_charts(run: Run) -> list[Chart]:
-    """Tokens, FLOP and memory."""
-    peak, used = run.series("memory/peak_bytes"), run.series("memory/rss_bytes")
-    large = max((value for _, value in [*peak, *used]), default=0.0) >= 8 * 2**30
-    scale, unit = (2**30, "GiB") if large else (2**20, "MiB")
-    fast = (run.last("speed/model_flops_per_s") or 0.0) >= 1e12
-    return [
-        Chart(
-            title="Speed",
-            unit="tokens per second of a step",
-            lines=smoothed(run, "tokens/s", "speed/tokens_per_s", 1),
-            zero=True,
-        ),
-        Chart(
-            title="Model FLOP/s",
-            unit="TFLOP/s, as counted" if fast else "GFLOP/s, as counted",
-            lines=[
-                replace(line, points=[(tokens, value / (1e12 if fast else 1e9)) for tokens, value in line.points])
-                for line in smoothed(run, "FLOP/s", "speed/model_flops_per_s", 1)
-            ],
-            zero=True,
-        ),
-        Chart(
-            title="Utilisation",
-            unit="model FLOP/s over measured FLOP/s of products",
-            lines=smoothed(run, "utilisation", "speed/utilisation", 1),
-            zero=True,
-            show=percent,
-        ),
-        Chart(
-            title="Memory",
-            unit=unit,
-            lines=[
-                Line(label="peak", points=[(tokens, value / scale) for tokens, value in peak], colour=2),
-                Line(label="process", points=[(tokens, value / scale) for tokens, value in used], colour=1),
-            ],
-            zero=True,
-        ),
-    ]
-
-
-def figures(charts: Sequence[Chart], axis: Axis) -> list[str]:
-    """The charts that have something to show, as HTML."""
-    return [html for chart in charts if not is_zero(chart) and (html := figure(chart, axis))]
-
-
-def is_zero(chart: Chart) -> bool:
-    """Whether all it could show is 0, which one word says as well."""
-    values = [value for line in chart.lines for _, value in line.points]
-    return bool(values) and not any(values)
-
-
-def step_time(run: Run, axis: Axis) -> str:
-    """The seconds of each step, stacked by what they went into; empty text where that was not measured."""
-    names = [name for name in STEP_PARTS if any(f"time/{name}_s" in row for row in run.rows)]
-    rows = [row for row in run.rows if "time/step_s" in row]
-    if not names or not rows:
-        return ""
-    layers: list[tuple[str, Points]] = []
-    for name in names:
-        layers.append((name, [(row["tokens"], float(row.get(f"time/{name}_s", 0.0))) for row in rows]))
-    inside = [f"time/{name}_s" for name in names if name != "save"]
-    rest = [
-        (row["tokens"], max(0.0, row["time/step_s"] - math.fsum(row.get(name, 0.0) for name in inside))) for row in rows
-    ]
-    return stacked("Where a step's time goes", axis, [*layers, ("rest", rest)])
 
 
 def _recall(run: Run) -> list[Line]:

@@ -15,8 +15,8 @@ CLIP_SCALE_LOOK = 0.5
 NORM_LOOK, NORM_BAD = 10.0, 100.0
 """The largest gradient norm of the last steps over their median."""
 
-SPIKE_LOOK_NATS = 0.5
-"""A step's loss above the median of the steps around it."""
+SPIKE_LOOK_NATS, SPIKE_LOOK_SPREADS = 0.5, 5.0
+"""A step's loss above the median of the steps around it: both in nats and in their median distance from it."""
 
 DEAD_BAD = 0.25
 """Share of experts that no token of a step went to; one alone is worth a look."""
@@ -87,11 +87,13 @@ def gradient_spikes(norms: Sequence[float]) -> Reason | None:
 
 
 def loss_spikes(losses: Sequence[float], reach: int = 8) -> Reason | None:
-    """Steps whose loss stands out above the median of `reach` steps on either side."""
+    """Steps whose loss stands out above the `reach` steps on either side."""
     spikes = 0
     for i, loss in enumerate(losses):
         around = [other for other in losses[max(0, i - reach) : i + reach + 1] if math.isfinite(other)]
-        spikes += bool(around) and loss - median(around) > SPIKE_LOOK_NATS
+        middle = median(around or [loss])
+        spread = median(abs(other - middle) for other in around or [loss])
+        spikes += loss - middle > max(SPIKE_LOOK_NATS, SPIKE_LOOK_SPREADS * spread)
     text = f"{spikes} of the last {len(losses)} steps with a loss {SPIKE_LOOK_NATS} nats above its neighbours"
     return Reason(level="look", text=text) if spikes else None
 
@@ -116,7 +118,7 @@ def row_sums(error: float, what: str = "row sums") -> Reason:
 
 
 def gain(value: float) -> Reason:
-    """What all residual mixes together may amplify."""
+    """The most that all residual mixes together amplify, forwards or backwards."""
     return Reason(level=above(value, GAIN_LOOK, GAIN_BAD), text=f"gain of all residual mixes together {value:.2f}")
 
 
@@ -154,9 +156,11 @@ def _load(run: Run, rows: Sequence[Mapping[str, Any]]) -> Reason | None:
 
 
 def _streams(run: Run) -> list[Reason | None]:
-    row, column, whole = (run.last(f"mhc/{name}") for name in ("row_sum_error", "col_sum_error", "composite_gain"))
+    row, column = run.last("mhc/row_sum_error"), run.last("mhc/col_sum_error")
+    gains = [run.last(f"mhc/composite_gain{way}") for way in ("", "_backward")]
+    known = [value for value in gains if value is not None]
     return [
         row_sums(row) if row is not None else None,
         row_sums(column, "column sums") if column is not None else None,
-        gain(whole) if whole is not None else None,
+        gain(max(known)) if known else None,
     ]

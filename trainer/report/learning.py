@@ -106,9 +106,10 @@ def recall(first: float, last: float) -> Reason:
 
 
 def _recall(run: Run) -> Reason | None:
-    values = [value for _, value in run.series("indexer/recall")]
-    sparse = bool(run.rows) and run.rows[-1].get("schedule/attention") == "sparse"
-    return recall(values[0], values[-1]) if values and sparse else None
+    """Judged only once it was measured under sparse attention; before, the indexer is still learning."""
+    rows = [row for row in run.rows if "indexer/recall" in row]
+    sparse = bool(rows) and rows[-1].get("schedule/attention") == "sparse"
+    return recall(float(rows[0]["indexer/recall"]), float(rows[-1]["indexer/recall"])) if sparse else None
 
 
 def _finite(losses: Sequence[float]) -> Reason | None:

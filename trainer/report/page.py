@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 
-from trainer.report import curves, tables
+from trainer.report import curves, speed, tables
 from trainer.report.charts import Axis, figure
 from trainer.report.lines import SMOOTH_FROM, axis_of, span
 from trainer.report.numbers import count, duration, short
@@ -97,9 +97,9 @@ def lacks(run: Run) -> str:
 
 def _curves(run: Run, axis: Axis) -> list[str]:
     losses, *learning = curves.learning_charts(run)
-    health, speed = curves.health_charts(run), curves.speed_charts(run)
+    health, rates = curves.health_charts(run), speed.speed_charts(run)
     hero = f'<div class="wide">{figure(losses, axis)}{curves.schedule_strips(run, axis)}</div>'
-    zero = [chart.title for chart in (*learning, *health, *speed) if curves.is_zero(chart)]
+    zero = [chart.title for chart in (*learning, *health, *rates) if curves.is_zero(chart)]
     said = f'<p class="said">Zero in every step: {escape(", ".join(zero).lower())}.</p>' if zero else ""
     return [
         section("Learning", _marks(run, axis) + _grid([hero, *curves.figures(learning, axis)])),
@@ -107,7 +107,7 @@ def _curves(run: Run, axis: Axis) -> list[str]:
             "Health",
             _grid([*curves.figures(health, axis), tables.expert_load(run), tables.groups_table(run, axis)]) + said,
         ),
-        section("Speed", _grid([*curves.figures(speed, axis), curves.step_time(run, axis)])),
+        section("Speed", _grid([*curves.figures(rates, axis), speed.step_time(run, axis)])),
     ]
 
 

@@ -83,7 +83,7 @@ def slower(rows: Sequence[Mapping[str, Any]], last: int) -> Reason | None:
     kind = ("schedule/rows", "schedule/row_length", "schedule/attention")
     same = [row for row in rows if [row.get(key) for key in kind] == [rows[-1].get(key) for key in kind]]
     same = [row for row in same if row.get("speed/tokens_per_s")]
-    recent = same[-max(last // 4, 4) :]
+    recent = same[-max(last // 2, 8) :]
     if not recent or len(same) < 2 * len(recent):
         return None
     usual, now = (median(float(row["speed/tokens_per_s"]) for row in part) for part in (same, recent))

@@ -77,6 +77,7 @@ def row(step: int, source: str = "text") -> dict[str, Any]:
         "mhc/row_sum_error": 2e-6,
         "mhc/col_sum_error": 3e-7,
         "mhc/composite_gain": 1.02,
+        "mhc/composite_gain_backward": 1.01,
         "experts/clamped_ratio": 0.0001,
     }
     made |= {f"optim/update_rms/{group}": 1e-3 / step for group in GROUPS}

@@ -9,11 +9,11 @@ import pytest
 
 from tests.trainer.report import made_up
 from trainer import metrics
-from trainer.report import curves, tables
+from trainer.report import curves, speed, tables
 from trainer.report.charts import Axis, Chart, Line, figure, scale_for, spread
-from trainer.report.compare import comparison, difference, differences
+from trainer.report.compare import change, comparison, difference, differences
+from trainer.report.lines import axis_of, running_mean
 from trainer.report.page import page
-from trainer.report.read import Run
 from trainer.report.shapes import heat
 
 VOID = ("meta", "link", "br", "circle")
@@ -153,6 +153,13 @@ def test_curves_lie_where_their_numbers_say() -> None:
     assert "M0.0 106.0L500.0 56.0L1000.0 6.0" in figure(chart, Axis(first=0, last=100))
 
 
+def test_rounding_does_not_look_like_a_course() -> None:
+    chart = Chart(title="t", unit="u", lines=[], least=0.1)
+    scale = scale_for([0.99999418, 0.99999421], chart)
+    assert scale.high - scale.low == pytest.approx(0.1)
+    assert scale_for([1.0, 2.0], chart).low == pytest.approx(0.94)
+
+
 def test_a_steep_beginning_is_left_out_and_told() -> None:
     points = [(float(i), 10.0 if i < 3 else 2 - i / 1000) for i in range(100)]
     chart = Chart(title="t", unit="u", lines=[Line(label="a", points=points)], crop=True)
@@ -170,7 +177,7 @@ def test_labels_do_not_cover_each_other() -> None:
 
 def test_stages_and_restarts_are_marked() -> None:
     run = made_up.run(told=made_up.history(("start", 0, 0.0), ("resume", 24, 300.0), ("end", 80, 1000.0, "finished")))
-    axis = curves_axis(run)
+    axis = axis_of(run)
     assert [tokens for tokens, _ in axis.borders] == [40 * made_up.TOKENS, 50 * made_up.TOKENS]
     assert axis.restarts == [24 * made_up.TOKENS]
     html = page(run)
@@ -178,15 +185,7 @@ def test_stages_and_restarts_are_marked() -> None:
     assert 'class="restart"' in html
 
 
-def curves_axis(run: Run) -> Axis:
-    from trainer.report.lines import axis_of
-
-    return axis_of(run)
-
-
 def test_the_running_mean_does_not_cross_a_stage() -> None:
-    from trainer.report.lines import running_mean
-
     run = made_up.run()
     points = [(row["tokens"], 1.0 if row["schedule/attention"] == "dense" else 0.0) for row in run.rows]
     assert {value for _, value in running_mean(run, points)} == {0.0, 1.0}
@@ -233,8 +232,6 @@ def test_a_difference_is_taken_at_equal_tokens() -> None:
 
 
 def test_only_curves_of_one_name_are_subtracted() -> None:
-    from trainer.report.compare import change
-
     one = Chart(title="t", unit="u", lines=[Line(label="held out", points=[(0, 1.0), (9, 1.0)])])
     other = Chart(title="t", unit="u", lines=[Line(label="training", points=[(0, 1.0), (9, 1.0)])])
     assert change(one, other) is None
@@ -245,3 +242,12 @@ def test_what_is_zero_throughout_is_told_in_a_word() -> None:
     html = page(made_up.run())
     assert "Zero in every step: dead experts." in html
     assert any(chart.title == "Dead experts" and curves.is_zero(chart) for chart in curves.health_charts(made_up.run()))
+
+
+def test_two_runs_share_the_units_of_the_larger() -> None:
+    small = made_up.run()
+    large = made_up.run(rows=[made_up.row(step) | {"memory/peak_bytes": 9 * 2**30} for step in range(1, 81)])
+    units = [{chart.title: chart.unit for chart in speed.speed_charts(run, (small, large))} for run in (small, large)]
+    assert units[0] == units[1]
+    assert units[0]["Memory"] == "GiB"
+    assert next(chart for chart in speed.speed_charts(small) if chart.title == "Memory").unit == "MiB"

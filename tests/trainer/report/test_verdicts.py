@@ -37,7 +37,7 @@ def grown(factor: float) -> Reason | None:
 
 
 def slowed(factor: float) -> Reason | None:
-    speeds = [1000.0 / (factor if i >= 16 else 1) for i in range(20)]
+    speeds = [1000.0 / (factor if i >= 12 else 1) for i in range(20)]
     return schedule.slower([{"speed/tokens_per_s": speed} for speed in speeds], 16)
 
 
@@ -81,6 +81,20 @@ def test_recall_that_is_too_low_and_guessing_are_seen() -> None:
     assert learning.against_guessing(math.log(512) - 0.01, 512) is None
     assert level(learning.against_guessing(math.log(512) + 0.01, 512)) == "bad"
     assert level(learning.against_guessing(math.nan, 512)) == "bad"
+
+
+def test_a_loss_as_far_out_as_its_neighbours_is_no_spike() -> None:
+    noisy = [3.0, 3.4, 2.7, 3.3, 2.6, 3.1, 3.9, 2.8, 3.2, 2.9]
+    assert health.loss_spikes(noisy) is None
+    assert health.loss_spikes([*noisy, 9.0]) is not None
+
+
+def test_recall_is_judged_under_sparse_attention_only() -> None:
+    rows = [made_up.row(step) for step in range(1, 54)]
+    assert rows[-1]["schedule/attention"] == "sparse"
+    assert "indexer recall" not in texts(verdicts(made_up.run(rows=rows)))
+    rows.append(made_up.row(56))
+    assert "indexer recall 0.56, up from 0.48" in texts(verdicts(made_up.run(rows=rows)))
 
 
 def test_a_rise_within_the_noise_is_no_rise() -> None:
