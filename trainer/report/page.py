@@ -91,7 +91,8 @@ def section(title: str, content: str) -> str:
 
 def lacks(run: Run) -> str:
     """One sentence naming what was not measured, or nothing."""
-    missing = [words for name, words in OPTIONAL.items() if not run.below(name)]
+    names = {name for row in run.rows for name in row}
+    missing = [words for start, words in OPTIONAL.items() if not any(name.startswith(start) for name in names)]
     return f"Not measured in this run: {', '.join(missing)}. " if missing and run.rows else ""
 
 

@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 from html import escape
 
-from trainer.report.charts import WIDTH, Axis, Line, Scale, curve, frame, grid
+from trainer.report.charts import LABEL_PX, WIDTH, Axis, Line, Scale, curve, frame, grid
 from trainer.report.numbers import Points, duration, thin, tick
 from trainer.report.verdict import Level
 
@@ -98,16 +98,16 @@ def heat(rows: Sequence[tuple[str, Sequence[float]]], columns: Sequence[str], ce
     for i, (_, ratios) in enumerate(rows):
         for j, ratio in enumerate(ratios):
             x, y = j * step, i * cell_px
-            paths[_bin(ratio)] += f"M{x:.1f} {y}h{step:.1f}v{cell_px}h-{step:.1f}z"
+            paths[_bin(ratio)] += f"M{x:.2f} {y}h{step:.2f}v{cell_px}h-{step:.2f}z"
             if ratio == 0:
                 crosses += f"M{x + 0.3 * step:.1f} {y + 0.3 * cell_px:.1f}l{0.4 * step:.1f} {0.4 * cell_px:.1f}"
                 crosses += f"m0 -{0.4 * cell_px:.1f}l-{0.4 * step:.1f} {0.4 * cell_px:.1f}"
     drawing = "".join(f'<path class="h{i}" d="{path}"/>' for i, path in enumerate(paths) if path)
     drawing += f'<path class="cross" d="{crosses}"/>' if crosses else ""
     height = len(rows) * cell_px
-    names = "".join(
-        f'<i style="top:{(i + 0.5) * cell_px:.1f}px">{escape(name)}</i>' for i, (name, _) in enumerate(rows)
-    )
+    fine = " fine" if count > 16 else ""
+    named = list(enumerate(rows))[:: math.ceil(LABEL_PX / cell_px)]
+    names = "".join(f'<i style="top:{(i + 0.5) * cell_px:.1f}px">{escape(name)}</i>' for i, (name, _) in named)
     every = math.ceil(count / 16)
     below = "".join(f'<i style="left:{(j + 0.5) / count:.2%}">{escape(columns[j])}</i>' for j in range(0, count, every))
     texts = ""
@@ -119,7 +119,7 @@ def heat(rows: Sequence[tuple[str, Sequence[float]]], columns: Sequence[str], ce
             for j, ratio in enumerate(ratios)
         )
     return (
-        f'<div class="plot heat" style="--h:{height}px"><div class="y">{names}</div><div class="area">'
+        f'<div class="plot heat{fine}" style="--h:{height}px"><div class="y">{names}</div><div class="area">'
         f'<svg viewBox="0 0 {WIDTH} {height}" preserveAspectRatio="none" aria-hidden="true">{drawing}</svg>{texts}'
         f'</div><div class="x">{below}</div></div>'
     )
