@@ -9,8 +9,8 @@ from torch import Tensor
 from optim.config import MuonConfig
 from optim.newton_schulz import orthogonalize
 
-BATCH_ELEMENTS = 1 << 19
-"""Elements that are orthogonalised at a time: bounds the memory of the copies, and gives threads parts to share."""
+BATCH_ELEMENTS = 1 << 17
+"""Elements that are orthogonalised at a time: their copies stay in a core's cache, and threads have parts to share."""
 
 
 def lookahead(momentum: Tensor, gradient: Tensor, mu: float) -> Tensor:
