@@ -12,15 +12,41 @@ from torch.nn import functional as F
 from model.layers import Linear, at_least_fp32
 
 
+class _ClampedSwiGLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, gate_PF: Tensor, up_PF: Tensor, weight_P: Tensor | None, limit: float) -> Tensor:
+        ctx.save_for_backward(gate_PF, up_PF, weight_P)
+        ctx.limit = limit
+        inner_PF = F.silu(at_least_fp32(gate_PF).clamp(max=limit))
+        inner_PF.mul_(at_least_fp32(up_PF).clamp(-limit, limit))
+        if weight_P is not None:
+            inner_PF.mul_(weight_P.unsqueeze(-1))
+        return inner_PF.to(gate_PF.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad_PF: Tensor) -> tuple[Tensor | None, ...]:
+        gate_PF, up_PF, weight_P = ctx.saved_tensors
+        gate, up, grad = at_least_fp32(gate_PF), at_least_fp32(up_PF), at_least_fp32(grad_PF)
+        clamped, clamped_up = gate.clamp(max=ctx.limit), up.clamp(-ctx.limit, ctx.limit)
+        sigmoid = torch.sigmoid(clamped)
+        silu, grad_weight = clamped * sigmoid, None
+        if weight_P is not None:
+            grad_weight = torch.linalg.vecdot(grad * silu, clamped_up)
+            grad = grad * weight_P.unsqueeze(-1)
+        # silu' = sigmoid (1 + x (1 - sigmoid)) = sigmoid + silu (1 - sigmoid)
+        slope = torch.addcmul(sigmoid, silu, 1 - sigmoid)
+        grad_gate = (grad * clamped_up).mul_(slope).mul_(gate <= ctx.limit)
+        grad_up = (grad * silu).mul_(up.abs() <= ctx.limit)
+        return grad_gate.to(gate_PF.dtype), grad_up.to(up_PF.dtype), grad_weight, None
+
+
 def clamped_swiglu(gate_PF: Tensor, up_PF: Tensor, weight_P: Tensor | None, limit: float) -> Tensor:
     """weight * silu(min(gate, limit)) * clamp(up, -limit, limit), computed in at least fp32, in gate's type.
 
-    weight_P: routing weight of each row in at least fp32, None for 1.
+    weight_P: routing weight of each row in at least fp32, None for 1. The backward pass is by hand and keeps the
+    arguments only.
     """
-    inner_PF = F.silu(at_least_fp32(gate_PF).clamp(max=limit)) * at_least_fp32(up_PF).clamp(-limit, limit)
-    if weight_P is not None:
-        inner_PF = inner_PF * weight_P.unsqueeze(-1)
-    return inner_PF.to(gate_PF.dtype)
+    return _ClampedSwiGLU.apply(gate_PF, up_PF, weight_P, limit)
 
 
 class _GroupedMatmul(torch.autograd.Function):

@@ -61,7 +61,7 @@ class Indexer(nn.Module):
 
 
 def scores(q_BQIJ: Tensor, key: Tensor, w_BQI: Tensor) -> Tensor:
-    """I_ts = sum_h w_th relu(q_th . k_s), [B, Q, S] in at least fp32; keys [B, S, J], or each query's own [B, Q, S, J]."""
+    """I_ts = sum_h w_th relu(q_th . k_s), [B, Q, S] in at least fp32; keys shared, [B, S, J], or own, [B, Q, S, J]."""
     relu_BQIS = torch.relu(products(at_least_fp32(q_BQIJ), at_least_fp32(key)))
     return torch.matmul(w_BQI.unsqueeze(-2), relu_BQIS).squeeze(-2)
 

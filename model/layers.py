@@ -4,6 +4,7 @@ An island computes in at least fp32: bf16 is promoted, fp32 and fp64 stay what t
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,15 +21,43 @@ def island_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
 
 
-def rms_normalize(x: Tensor, eps: float) -> Tensor:
-    """x / sqrt(mean(x^2) + eps) over the last dim, in at least fp32; the result stays promoted."""
-    x = at_least_fp32(x)
-    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
+def inverse_rms(x: Tensor, eps: float) -> Tensor:
+    """1 / sqrt(mean(x^2) + eps) over the last dim, kept as a dim of 1; x in at least fp32."""
+    return torch.rsqrt(torch.linalg.vecdot(x, x).unsqueeze(-1) / x.shape[-1] + eps)
+
+
+class _RMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+        promoted = at_least_fp32(x)
+        inverse = inverse_rms(promoted, eps)
+        ctx.save_for_backward(x, weight, inverse)
+        normal = promoted * inverse
+        return normal if weight is None else normal.mul_(weight)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None]:
+        x, weight, inverse = ctx.saved_tensors
+        normal = at_least_fp32(x) * inverse
+        grad_weight = None
+        if weight is not None:
+            grad_weight = (grad * normal).flatten(0, -2).sum(0)
+            grad = grad * weight
+        mean = torch.linalg.vecdot(grad, normal).unsqueeze(-1) / x.shape[-1]
+        return (grad - normal.mul_(mean)).mul_(inverse).to(x.dtype), grad_weight, None
+
+
+def rms_normalize(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+    """weight * x / sqrt(mean(x^2) + eps) over the last dim, in at least fp32; the result stays promoted.
+
+    weight: None for 1. The backward pass is by hand and keeps x only.
+    """
+    return _RMSNorm.apply(x, weight, eps)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """weight * x / sqrt(mean(x^2) + eps) over the last dim, computed in at least fp32, returned in x's type."""
-    return (rms_normalize(x, eps) * weight).to(x.dtype)
+    """`rms_normalize`, returned in x's type."""
+    return rms_normalize(x, weight, eps).to(x.dtype)
 
 
 class RMSNorm(nn.Module):

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from model.layers import at_least_fp32
+from model.layers import at_least_fp32, inverse_rms
 
 
 def mixes(
@@ -22,8 +22,14 @@ def mixes(
     Shapes: fn [(2 + N) N, N D] with rows pre, post, comb (row-major jk); base [(2 + N) N]; scale [3].
     Returns pre_BTN, post_BTN, comb_BTNN in at least fp32.
     """
-    N = x_BTND.shape[2]
     mix = normalized_product(x_BTND, fn, norm_eps)
+    return gates(mix, base, scale, x_BTND.shape[2], iterations, hc_eps)
+
+
+def gates(
+    mix: Tensor, base: Tensor, scale: Tensor, N: int, iterations: int, hc_eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """pre, post and comb from the normalised products: what of `mixes` comes after the large product."""
     pre, post, comb = mix.split([N, N, N * N], dim=-1)
     base_pre, base_post, base_comb = base.split([N, N, N * N])
     pre_BTN = torch.sigmoid(scale[0] * pre + base_pre) + hc_eps
@@ -35,15 +41,47 @@ def mixes(
 def enter(
     x_BTND: Tensor, fn: Tensor, base: Tensor, scale: Tensor, *, iterations: int, hc_eps: float, norm_eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """One site up to its layer: `mixes`, then `collapse` by pre. Returns u_BTD, post_BTN, comb_BTNN."""
-    pre, post, comb = mixes(x_BTND, fn, base, scale, iterations=iterations, hc_eps=hc_eps, norm_eps=norm_eps)
-    return collapse(x_BTND, pre), post, comb
+    """One site up to its layer: `mixes`, then `collapse` by pre. Returns u_BTD, post_BTN, comb_BTNN.
+
+    The backward pass is by hand: it goes over the streams three times and keeps nothing of their size but themselves.
+    """
+    return _Enter.apply(x_BTND, fn, base, scale, iterations, hc_eps, norm_eps)
+
+
+class _Enter(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x_BTND: Tensor, fn: Tensor, base: Tensor, scale: Tensor, iterations: int, hc_eps: float, eps: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        ctx.sizes = (x_BTND.shape[2], iterations, hc_eps)
+        x = at_least_fp32(x_BTND.flatten(2))
+        product, rms_inverse = x @ fn.T, inverse_rms(x, eps)
+        pre_BTN, post_BTN, comb_BTNN = gates(product * rms_inverse, base, scale, *ctx.sizes)
+        ctx.save_for_backward(x_BTND, fn, base, scale, product, rms_inverse)
+        return collapse(x_BTND, pre_BTN), post_BTN, comb_BTNN
+
+    @staticmethod
+    def backward(ctx: Any, grad_u: Tensor, grad_post: Tensor, grad_comb: Tensor) -> tuple[Tensor | None, ...]:
+        x_BTND, fn, base, scale, product, rms_inverse = ctx.saved_tensors
+        x, grad_u = at_least_fp32(x_BTND), at_least_fp32(grad_u)
+        inputs = [one.detach().requires_grad_() for one in (product * rms_inverse, base, scale)]
+        with torch.enable_grad():
+            outputs = gates(*inputs, *ctx.sizes)
+        grad_pre = torch.matmul(x, grad_u.unsqueeze(-1)).squeeze(-1)
+        grad_mix, grad_base, grad_scale = torch.autograd.grad(outputs, inputs, (grad_pre, grad_post, grad_comb))
+        grad_product = grad_mix * rms_inverse
+        # The mean of squares: d(1 / rms) = -(1 / rms)^3 x dx / (N D).
+        coefficient = -(grad_mix * product).sum(-1, keepdim=True) * rms_inverse**3 / fn.shape[1]
+        grad_x = (grad_product @ fn).addcmul_(x.flatten(2), coefficient).view_as(x)
+        grad_x.addcmul_(outputs[0].detach().unsqueeze(-1), grad_u.unsqueeze(-2))
+        grad_fn = grad_product.flatten(0, 1).T @ x.flatten(2).flatten(0, 1)
+        return grad_x.to(x_BTND.dtype), grad_fn, grad_base, grad_scale, None, None, None
 
 
 def normalized_product(x_BTND: Tensor, fn: Tensor, norm_eps: float) -> Tensor:
     """(fn x) / rms(x) over the flat streams: a weight-less RMSNorm applied after the product. Returns [B, T, rows]."""
     x = at_least_fp32(x_BTND.flatten(2))
-    return (x @ fn.T) * torch.rsqrt(x.square().mean(-1, keepdim=True) + norm_eps)
+    return (x @ fn.T) * inverse_rms(x, norm_eps)
 
 
 def sinkhorn(logits: Tensor, iterations: int, eps: float) -> Tensor:
@@ -111,10 +149,27 @@ def collapse(x_BTND: Tensor, pre_BTN: Tensor) -> Tensor:
 
 
 def expand(x_BTND: Tensor, y_BTD: Tensor, post_BTN: Tensor, comb_BTNN: Tensor) -> Tensor:
-    """X'_k = post_k F(u) + sum_j comb_jk X_j, in at least fp32, returned in the streams' type."""
-    carried = torch.matmul(comb_BTNN.transpose(-1, -2), at_least_fp32(x_BTND))
-    added = post_BTN.unsqueeze(-1) * at_least_fp32(y_BTD).unsqueeze(-2)
-    return (carried + added).to(x_BTND.dtype)
+    """X'_k = post_k F(u) + sum_j comb_jk X_j, in at least fp32, returned in the streams' type. Backward by hand."""
+    return _Expand.apply(x_BTND, y_BTD, post_BTN, comb_BTNN)
+
+
+class _Expand(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_BTND: Tensor, y_BTD: Tensor, post_BTN: Tensor, comb_BTNN: Tensor) -> Tensor:
+        ctx.save_for_backward(x_BTND, y_BTD, post_BTN, comb_BTNN)
+        carried = torch.matmul(comb_BTNN.transpose(-1, -2), at_least_fp32(x_BTND))
+        carried.addcmul_(post_BTN.unsqueeze(-1), at_least_fp32(y_BTD).unsqueeze(-2))
+        return carried.to(x_BTND.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad_BTND: Tensor) -> tuple[Tensor, ...]:
+        x_BTND, y_BTD, post_BTN, comb_BTNN = ctx.saved_tensors
+        grad = at_least_fp32(grad_BTND)
+        grad_x = torch.matmul(comb_BTNN, grad)
+        grad_y = torch.matmul(post_BTN.unsqueeze(-2), grad).squeeze(-2)
+        grad_post = torch.matmul(grad, at_least_fp32(y_BTD).unsqueeze(-1)).squeeze(-1)
+        grad_comb = torch.matmul(at_least_fp32(x_BTND), grad.transpose(-1, -2))
+        return grad_x.to(x_BTND.dtype), grad_y.to(y_BTD.dtype), grad_post, grad_comb
 
 
 def head(x_BTND: Tensor, fn: Tensor, base: Tensor, scale: Tensor, *, hc_eps: float, norm_eps: float) -> Tensor:

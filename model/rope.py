@@ -54,8 +54,7 @@ def rotation(frequency_R: Tensor, position: Tensor, dtype: torch.dtype) -> Rotat
 
 def norm_rotate(x: Tensor, weight: Tensor | None, eps: float, turn: Rotation) -> Tensor:
     """RMSNorm over the last dim (without weight if None), then `rotate`; nothing is rounded to x's type between."""
-    normal = rms_normalize(x, eps)
-    return rotate(normal if weight is None else normal * weight, turn).to(x.dtype)
+    return rotate(rms_normalize(x, weight, eps), turn).to(x.dtype)
 
 
 def rotate(x: Tensor, turn: Rotation, *, inverse: bool = False) -> Tensor:

@@ -3,23 +3,36 @@
 from tests.model.mistakes import mistake
 
 MHC = {
-    "comb untransposed": mistake("mhc.expand", ("comb_BTNN.transpose(-1, -2)", "comb_BTNN")),
+    "comb untransposed": mistake("mhc._Expand.forward", ("comb_BTNN.transpose(-1, -2)", "comb_BTNN")),
     "comb logits read column by column": mistake(
-        "mhc.mixes", (".unflatten(-1, (N, N))", ".unflatten(-1, (N, N)).mT.contiguous()")
+        "mhc.gates", (".unflatten(-1, (N, N))", ".unflatten(-1, (N, N)).mT.contiguous()")
     ),
     "sinkhorn rows before columns": mistake("mhc._axis", ("division % 2", "1 - division % 2")),
     "sinkhorn one round fewer": mistake("mhc._rounds", ("2 * iterations - 1", "2 * iterations - 3")),
     "sinkhorn one division more": mistake("mhc._rounds", ("2 * iterations - 1", "2 * iterations")),
     "softmax without eps": mistake("mhc._rounds", ("softmax + eps, []", "softmax, []")),
     "sums without eps": mistake("mhc._rounds", (".add_(eps)", "")),
-    "pre without eps": mistake("mhc.mixes", ("base_pre) + hc_eps", "base_pre)")),
-    "post without the factor 2": mistake("mhc.mixes", ("2 * torch.sigmoid", "torch.sigmoid")),
+    "pre without eps": mistake("mhc.gates", ("base_pre) + hc_eps", "base_pre)")),
+    "post without the factor 2": mistake("mhc.gates", ("2 * torch.sigmoid", "torch.sigmoid")),
     "scales of pre and post exchanged": mistake(
-        "mhc.mixes", ("scale[0] * pre", "scale[1] * pre"), ("scale[1] * post", "scale[0] * post")
+        "mhc.gates", ("scale[0] * pre", "scale[1] * pre"), ("scale[1] * post", "scale[0] * post")
     ),
-    "streams not normalised": mistake(
+    "streams not normalised before a layer": mistake("mhc._Enter.forward", ("product * rms_inverse", "product")),
+    "streams without a gradient through their mixes": mistake(
+        "mhc._Enter.backward", ("(grad_product @ fn)", "(0 * grad_product @ fn)")
+    ),
+    "streams without a gradient through their size": mistake(
+        "mhc._Enter.backward", ("rms_inverse**3", "0 * rms_inverse")
+    ),
+    "streams without a gradient of the layer": mistake(
+        "mhc._Enter.backward", ("outputs[0].detach().unsqueeze(-1)", "0 * outputs[0].detach().unsqueeze(-1)")
+    ),
+    "comb's gradient transposed": mistake(
+        "mhc._Expand.backward", ("torch.matmul(comb_BTNN, grad)", "torch.matmul(comb_BTNN.mT, grad)")
+    ),
+    "streams not normalised at the end": mistake(
         "mhc.normalized_product",
-        (" * torch.rsqrt(x.square().mean(-1, keepdim=True) + norm_eps)", ""),
+        (" * inverse_rms(x, norm_eps)", ""),
     ),
     "last collapse without eps": mistake("mhc.head", ("+ base) + hc_eps", "+ base)")),
     "sinkhorn backward without the divisor's gradient": mistake(
@@ -131,12 +144,12 @@ COMPRESSOR = {
     "entries without the norm's weight": mistake(
         "compressor.Compressor.forward", ("entry_BSC, self.norm.weight,", "entry_BSC, None,")
     ),
-    "entries without norm": mistake("rope.norm_rotate", ("rms_normalize(x, eps)", "x")),
+    "entries without norm": mistake("rope.norm_rotate", ("rms_normalize(x, weight, eps)", "x")),
     "norm's weight after RoPE": mistake(
         "rope.norm_rotate",
         (
-            "rotate(normal if weight is None else normal * weight, turn)",
-            "(rotate(normal, turn) * (1 if weight is None else weight))",
+            "rotate(rms_normalize(x, weight, eps), turn)",
+            "(rotate(rms_normalize(x, None, eps), turn) * (1 if weight is None else weight))",
         ),
     ),
 }

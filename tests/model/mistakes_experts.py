@@ -21,10 +21,16 @@ ROUTER = {
 }
 
 EXPERTS = {
-    "up not clamped": mistake("experts.clamped_swiglu", (".clamp(-limit, limit)", "")),
-    "up clamped from above only": mistake("experts.clamped_swiglu", (".clamp(-limit, limit)", ".clamp(max=limit)")),
-    "gate not clamped": mistake("experts.clamped_swiglu", (".clamp(max=limit)", "")),
-    "gate clamped from below too": mistake("experts.clamped_swiglu", (".clamp(max=limit)", ".clamp(-limit, limit)")),
+    "up not clamped": mistake("experts._ClampedSwiGLU.forward", (".clamp(-limit, limit)", "")),
+    "up clamped from above only": mistake(
+        "experts._ClampedSwiGLU.forward", (".clamp(-limit, limit)", ".clamp(max=limit)")
+    ),
+    "gate not clamped": mistake("experts._ClampedSwiGLU.forward", (".clamp(max=limit)", "")),
+    "gate clamped from below too": mistake(
+        "experts._ClampedSwiGLU.forward", (".clamp(max=limit)", ".clamp(-limit, limit)")
+    ),
+    "a clamped gate has a gradient": mistake("experts._ClampedSwiGLU.backward", (".mul_(gate <= ctx.limit)", "")),
+    "a clamped up has a gradient": mistake("experts._ClampedSwiGLU.backward", (".mul_(up.abs() <= ctx.limit)", "")),
     "shared expert not clamped": mistake("experts.SharedExpert.forward", ("self.limit", "1e9")),
     "gate and up exchanged": mistake("experts.Experts.forward", ("swiglu(gate_PF, up_PF", "swiglu(up_PF, gate_PF")),
     "routing weight before the clamp": mistake(
