@@ -58,8 +58,8 @@ def main() -> None:
     parser.add_argument("--threads", type=int, nargs="+", default=(1, 2))
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
     given = parser.parse_args()
-    built = {threads: _built([*given.overrides, f"threads={threads}"]) for threads in sorted({1, *given.threads})}
-    plans = _stages(built[1])
+    built = {threads: prepared([*given.overrides, f"threads={threads}"]) for threads in sorted({1, *given.threads})}
+    plans = stages(built[1])
     parts = [_parts(built[1], plan, given.repetitions) for plan in plans]
     speeds = [_speeds({n: built[n] for n in given.threads}, plan, given.repetitions) for plan in plans]
     rows = ", ".join(f"{plan.attention} {plan.rows} x {plan.row_length}" for plan in plans)
@@ -71,13 +71,14 @@ def main() -> None:
     print(report.table([("stage", *(f"{threads}" for threads in given.threads)), *speeds]))
 
 
-def _built(overrides: Sequence[str]) -> Built:
+def prepared(overrides: Sequence[str]) -> Built:
+    """The parts of a run on this machine's CPU: the debug recipe with these overrides."""
     config: TrainConfig = compose(["device=cpu", *overrides]).config
     device = settle(config)
     return build(config, read_data(config, lambda line: None), device)
 
 
-def _stages(built: Built) -> list[StepPlan]:
+def stages(built: Built) -> list[StepPlan]:
     """The last step of each attention stage, in order."""
     return list({plan.attention: plan for plan in built.plans}.values())
 

@@ -72,13 +72,13 @@ class ValidationConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ObserveConfig:
-    """How often the measurements that cost something are made: the load table, the mHC mixes, the clamped share."""
+    """How often a step is watched closely: the load table, the mHC mixes, the clamped share."""
 
     every_steps: int = 10
-    """Also after the first step and the last; 0 makes none."""
+    """Also the first step and the last; 0 watches none."""
 
     def __post_init__(self) -> None:
-        require(self.every_steps >= 0, "every_steps", self.every_steps, "at least 0 (0 makes none)")
+        require(self.every_steps >= 0, "every_steps", self.every_steps, "at least 0 (0 watches none)")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -24,8 +24,7 @@ class Journal:
 
     def append(self, row: Mapping[str, Any]) -> None:
         """Adds one row; raises TypeError for values that JSON does not know, OSError for a full disk."""
-        line = json.dumps({key: _finite(value) for key, value in row.items()}, allow_nan=False)
-        self._file.write(line.encode() + b"\n")
+        self._file.write(as_line(row).encode() + b"\n")
 
     def sync(self) -> None:
         """Returns when all rows are on the disk."""
@@ -35,6 +34,11 @@ class Journal:
         """Syncs and closes."""
         self.sync()
         self._file.close()
+
+
+def as_line(row: Mapping[str, Any]) -> str:
+    """A row as one line of strict JSON; raises TypeError for values that JSON does not know."""
+    return json.dumps(_finite(row), allow_nan=False)
 
 
 def read(path: Path) -> list[dict[str, Any]]:

@@ -37,12 +37,13 @@ def run_steps(built: Built, outlets: Outlets, observer: Observer, first_step: in
     while done < last and not stop():
         started = time.perf_counter()
         plan = built.plans[done]
-        result = train_step(built.parts, plan, stop)
+        with observer.watching(plan) as passes:
+            result = train_step(built.parts, plan, stop)
         if result is None:
             break
         done += 1
         seconds = time.perf_counter() - started
-        row = observer.row(plan, result, seconds) | {"time/save_s": save_s}
+        row = observer.row(plan, result, passes, seconds) | {"time/save_s": save_s}
         row["time/observe_s"] = time.perf_counter() - started - seconds
         if done == first_step + 1:
             row["speed/product_flops_per_s"] = observer.product_rate

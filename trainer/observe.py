@@ -1,7 +1,8 @@
 """One row of metrics.jsonl: what a step did, how long its parts took, and the health of the model after it."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,7 +14,7 @@ from model.layers import island_dtype
 from model.transformer import Transformer
 from trainer import machine, metrics, probe
 from trainer.build import Built
-from trainer.row import pick
+from trainer.probe import Pass
 from trainer.schedule import StepPlan
 from trainer.step import StepResult
 from trainer.validate import HeldOut, count_bytes
@@ -28,7 +29,16 @@ class Observer:
     product_rate: float
     _flops: dict[tuple[int, str], int] = field(default_factory=dict)
 
-    def row(self, plan: StepPlan, result: StepResult, step_s: float) -> dict[str, Any]:
+    def watching(self, plan: StepPlan) -> AbstractContextManager[list[Pass]]:
+        """Around the step: its forward passes, where it is one that is looked at closely, else none.
+
+        A function of the step alone, so that an interrupted run tells the same as an uninterrupted one.
+        """
+        done, every = plan.step + 1, self.built.config.observe.every_steps
+        due = every > 0 and (done % every == 0 or done in (1, len(self.built.plans)))
+        return probe.watched(self.built.parts.pool.views) if due else nullcontext([])
+
+    def row(self, plan: StepPlan, result: StepResult, passes: Sequence[Pass], step_s: float) -> dict[str, Any]:
         """The numbers of a step that took `step_s`; the model must be as the step left it."""
         parts, counts = self.built.parts, result.counts
         row = _plan(plan, step_s) | self._speed(plan, step_s) | machine.memory(parts.device)
@@ -40,15 +50,9 @@ class Observer:
         row |= {"optim/grad_norm": result.update.norm, "optim/clip_scale": result.update.clip_scale}
         row |= {f"optim/update_rms/{group}": rms for group, rms in sorted(result.update.update_rms.items())}
         row |= weight_rms(parts.model, parts.groups) | metrics.routing(result.rows, counts) | biases(parts.model)
-        if self._is_due(plan.step + 1):
-            row["router/load_LE"] = metrics.load(result.rows).tolist()
-            row |= probe.measure(parts.model, pick(result.batch, 0, parts.device), plan.attention)
+        if passes:
+            row |= {"router/load_LE": metrics.load(result.rows).tolist()} | probe.measure(passes)
         return row
-
-    def _is_due(self, done: int) -> bool:
-        """A function of the step alone, so that an interrupted run tells the same as an uninterrupted one."""
-        every = self.built.config.observe.every_steps
-        return every > 0 and (done % every == 0 or done in (1, len(self.built.plans)))
 
     def _speed(self, plan: StepPlan, step_s: float) -> dict[str, float]:
         shape = (plan.row_length, plan.attention)

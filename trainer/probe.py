@@ -1,103 +1,139 @@
-"""One row through the model without gradients, watched at its seams: how mHC mixes, how often SwiGLU clamps.
+"""The forward passes of a step, watched at the model's seams: how mHC mixes the streams, how often SwiGLU clamps.
 
-The seams (`Block.enter`, `Experts.swiglu`, `SharedExpert.swiglu`) are wrapped for the time of one forward pass: the
-functions behind them, kernels too, get what they always get, and nothing is left on the model.
+The seams (`Block.enter`, `Experts.swiglu`, `SharedExpert.swiglu`) are wrapped for the time of one step: the functions
+behind them, kernels too, get what they always get and their results go on unchanged, and nothing is left on the model.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from data.batch import Batch
 from model.block import Block
-from model.config import AttentionMode
 from model.experts import Experts, SharedExpert
 from model.transformer import Transformer
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Seen:
-    """combs_BTNN: by mHC site in order of depth. clamped, values: int64 counts of SwiGLU inputs by call."""
+class Pass:
+    """What one forward pass of one row has shown so far; sums are tensors, so that nothing waits for a GPU."""
 
-    combs_BTNN: list[Tensor] = field(default_factory=list)
-    clamped: list[Tensor] = field(default_factory=list)
-    values: list[int] = field(default_factory=list)
+    def __init__(self) -> None:
+        self.errors: list[Tensor] = []
+        """`stochastic_errors` of each mHC site."""
+        self.composite_PNN: Tensor | None = None
+        """The product of comb over the main model's sites so far, in fp64."""
+        self.clamped: list[Tensor] = []
+        """SwiGLU inputs outside the clamp, by call."""
+        self.values = 0
+        """All SwiGLU inputs."""
+
+    @torch.no_grad()
+    def site(self, comb_BTNN: Tensor, *, main: bool) -> None:
+        """Note the residual mix of an mHC site; main: not of the MTP block."""
+        comb_PNN = comb_BTNN.detach().flatten(0, 1)
+        self.errors.append(stochastic_errors(comb_PNN))
+        if main:
+            mix_PNN = comb_PNN.double()
+            self.composite_PNN = mix_PNN if self.composite_PNN is None else self.composite_PNN @ mix_PNN
+
+    @torch.no_grad()
+    def inputs(self, gate: Tensor, up: Tensor, limit: float) -> None:
+        """Note the inputs of a SwiGLU: gate is clamped from above, up on both sides."""
+        self.clamped.append((gate.detach() > limit).sum() + (up.detach().abs() > limit).sum())
+        self.values += gate.numel() + up.numel()
 
 
-@torch.no_grad()
-def measure(model: Transformer, row: Batch, mode: AttentionMode) -> dict[str, float]:
-    """The metrics named mhc/* and experts/* over one row (a batch of one); padding counts in experts/* only."""
-    with watched(model) as seen:
-        model(row.token_BT, row.document_BT, row.position_BT, mode=mode)
-    main = 2 * len(model.layers)
-    counted_BT = row.document_BT >= 0
-    # The MTP branch is one token shorter.
-    sums = [stochastic_errors(comb[counted_BT[:, : comb.shape[1]]]) for comb in seen.combs_BTNN]
-    forward, backward = composite_gains([comb[counted_BT] for comb in seen.combs_BTNN[:main]])
+def measure(passes: Sequence[Pass]) -> dict[str, float]:
+    """The metrics mhc/* and experts/* over the rows of a step, padding included; the rows' order changes no bit."""
+    errors = torch.stack([error for one in passes for error in one.errors]).amax(0).tolist()
+    gains = [composite_gains(one.composite_PNN) for one in passes if one.composite_PNN is not None]
+    sums = torch.stack([gain_2P.sum(1) for gain_2P in gains]).tolist()
+    tokens = sum(gain_2P.shape[1] for gain_2P in gains)
+    forward, backward = (math.fsum(way) / tokens for way in zip(*sums, strict=True))
+    clamped = int(torch.stack([count for one in passes for count in one.clamped]).sum())
     return {
-        "mhc/row_sum_error": max(rows for rows, _ in sums),
-        "mhc/col_sum_error": max(columns for _, columns in sums),
+        "mhc/row_sum_error": errors[0],
+        "mhc/col_sum_error": errors[1],
         "mhc/composite_gain": forward,
         "mhc/composite_gain_backward": backward,
-        "experts/clamped_ratio": int(torch.stack(seen.clamped).sum()) / sum(seen.values),
+        "experts/clamped_ratio": clamped / sum(one.values for one in passes),
     }
 
 
-def stochastic_errors(comb_PNN: Tensor) -> tuple[float, float]:
-    """The largest |sum - 1| over all tokens of comb's rows (over k of comb_jk) and columns (over j).
+def stochastic_errors(comb_PNN: Tensor) -> Tensor:
+    """[2]: the largest |sum - 1| over all tokens of comb's rows (over k of comb_jk) and of its columns (over j).
 
     The report's B is comb transposed: its rows are comb's columns.
     """
-    return float((comb_PNN.sum(2) - 1).abs().max()), float((comb_PNN.sum(1) - 1).abs().max())
+    return torch.stack([(comb_PNN.sum(axis) - 1).abs().max() for axis in (2, 1)])
 
 
-def composite_gains(combs_PNN: Sequence[Tensor]) -> tuple[float, float]:
-    """What all sites together amplify at most, forwards and backwards: the mean over tokens of the composite's gains.
+def composite_gains(composite_PNN: Tensor) -> Tensor:
+    """[2, P]: what all sites together amplify a token's signal at most, and its gradient.
 
     Source: mHC paper, Amax gain magnitude: of the composite of the report's B, the largest absolute row sum (forward
     signal) and column sum (gradient). Math: X' = comb^T X at every site, so C = comb_1 comb_2 ... carries stream j at
     the bottom to stream k at the top; forward max_k sum_j |C_jk|, backward max_j sum_k |C_jk|. Doubly stochastic: 1.
     """
-    composite_PNN = combs_PNN[0].double()
-    for comb_PNN in combs_PNN[1:]:
-        composite_PNN = composite_PNN @ comb_PNN.double()
     size_PNN = composite_PNN.abs()
-    return float(size_PNN.sum(1).amax(-1).mean()), float(size_PNN.sum(2).amax(-1).mean())
+    return torch.stack([size_PNN.sum(axis).amax(-1) for axis in (1, 2)])
 
 
 @contextmanager
-def watched(model: Transformer) -> Iterator[Seen]:
-    """Within the block, what passes the seams of `model` is noted; they are put back after it."""
-    seen, wrapped = Seen(), []
+def watched(models: Sequence[Transformer]) -> Iterator[list[Pass]]:
+    """Within the block, each forward pass of the models (threads may run them side by side) adds itself when it ends.
 
-    def swiglu(inner: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        def noted(gate: Tensor, up: Tensor, weight: Tensor | None, limit: float) -> Tensor:
-            seen.clamped.append((gate > limit).sum() + (up.abs() > limit).sum())
-            seen.values.append(gate.numel() + up.numel())
-            return inner(gate, up, weight, limit)
+    What a backward pass computes again is not counted twice.
+    """
+    passes: list[Pass] = []
+    with ExitStack() as undo:
+        for model in models:
+            _watch(model, passes, undo)
+        yield passes
 
-        return noted
 
-    def enter(inner: Callable[..., tuple[Tensor, Tensor, Tensor]]) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
-        def noted(*arguments: Tensor, **constants: float) -> tuple[Tensor, Tensor, Tensor]:
-            u, post, comb = inner(*arguments, **constants)
-            seen.combs_BTNN.append(comb)
-            return u, post, comb
+def _watch(model: Transformer, passes: list[Pass], undo: ExitStack) -> None:
+    running: list[Pass] = []
+    """The pass that runs now, if one does."""
 
-        return noted
+    def begin(*_: Any) -> None:
+        running[:] = [Pass()]
 
-    try:
-        for module in model.modules():
-            if isinstance(module, Block):
-                wrapped.append((module, "enter", module.enter))
-                module.enter = enter(module.enter)
-            elif isinstance(module, Experts | SharedExpert):
-                wrapped.append((module, "swiglu", module.swiglu))
-                module.swiglu = swiglu(module.swiglu)
-        yield seen
-    finally:
-        for module, name, inner in wrapped:
-            setattr(module, name, inner)
+    def end(*_: Any) -> None:
+        passes.append(running.pop())
+
+    undo.callback(model.register_forward_pre_hook(begin).remove)
+    undo.callback(model.register_forward_hook(end).remove)
+    main = set(model.layers)
+    for module in model.modules():
+        if isinstance(module, Block):
+            _replace(module, "enter", _noting_mix(module.enter, running, main=module in main), undo)
+        elif isinstance(module, Experts | SharedExpert):
+            _replace(module, "swiglu", _noting_inputs(module.swiglu, running), undo)
+
+
+def _noting_mix(inner: Callable[..., Any], running: list[Pass], *, main: bool) -> Callable[..., Any]:
+    def noted(*arguments: Any, **constants: Any) -> Any:
+        u_BTD, post_BTN, comb_BTNN = inner(*arguments, **constants)
+        for one in running:
+            one.site(comb_BTNN, main=main)
+        return u_BTD, post_BTN, comb_BTNN
+
+    return noted
+
+
+def _noting_inputs(inner: Callable[..., Tensor], running: list[Pass]) -> Callable[..., Tensor]:
+    def noted(gate: Tensor, up: Tensor, weight: Tensor | None, limit: float) -> Tensor:
+        for one in running:
+            one.inputs(gate, up, limit)
+        return inner(gate, up, weight, limit)
+
+    return noted
+
+
+def _replace(module: nn.Module, name: str, value: Callable[..., Any], undo: ExitStack) -> None:
+    undo.callback(setattr, module, name, getattr(module, name))
+    setattr(module, name, value)

@@ -1,9 +1,10 @@
 """What a person sees while a run goes on: a heading, a line every so often, a live line on a terminal."""
 
-import json
 import sys
 from collections.abc import Mapping
 from typing import Any, TextIO
+
+from trainer import journal
 
 LINES = 40
 """A run prints about this many permanent lines, whatever its length."""
@@ -33,7 +34,7 @@ class Progress:
     def step(self, row: Mapping[str, Any]) -> None:
         """One finished step; permanent every few steps and when it carries a validation, live otherwise."""
         if self._json:
-            print(json.dumps(row), file=self._stream, flush=True)
+            print(journal.as_line(row), file=self._stream, flush=True)
             return
         text = self._line(row)
         if row["step"] % self._every == 0 or "validation/loss" in row or row["step"] == self._steps:

@@ -45,7 +45,9 @@ def row_of(built: Built, plan: StepPlan, step_s: float = 0.5) -> dict[str, objec
     """The row after a step that is said to have taken half a second."""
     held_out = HeldOut(batch=built.parts.stream.rows(0, 0, 4), byte_count_V=BYTE_COUNT_V)
     observer = Observer(built=built, held_out=held_out, product_rate=PRODUCT_RATE)
-    return observer.row(plan, steps.take_any(built.parts, plan), step_s)
+    with observer.watching(plan) as passes:
+        result = steps.take_any(built.parts, plan)
+    return observer.row(plan, result, passes, step_s)
 
 
 def test_speeds_are_per_second_of_the_step(built: Built) -> None:
@@ -136,6 +138,6 @@ def test_looking_changes_no_bit(built: Built) -> None:
     result = steps.take_any(built.parts, PLANS[2])
     before = steps.all_tensors(built.parts)
     held_out = HeldOut(batch=built.parts.stream.rows(0, 0, 4), byte_count_V=BYTE_COUNT_V)
-    Observer(built=built, held_out=held_out, product_rate=PRODUCT_RATE).row(PLANS[2], result, 1.0)
+    Observer(built=built, held_out=held_out, product_rate=PRODUCT_RATE).row(PLANS[2], result, [], 1.0)
     assert steps.changed(before, steps.all_tensors(built.parts)) == set()
     assert all(parameter.grad is None for parameter in built.parts.model.parameters())

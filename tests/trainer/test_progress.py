@@ -97,6 +97,8 @@ def test_json_is_one_object_per_step_and_words_go_to_standard_error(capsys: pyte
     progress.say("run x")
     for step in (1, 2):
         progress.step(make_row(step))
+    progress.step({"step": 3, "optim/grad_norm": float("nan"), "router/load_LE": [[1, 2]]})
     out, err = capsys.readouterr()
-    assert [json.loads(line) for line in out.splitlines()] == [make_row(1), make_row(2)]
+    rows = [json.loads(line, parse_constant=pytest.fail) for line in out.splitlines()]
+    assert rows == [make_row(1), make_row(2), {"step": 3, "optim/grad_norm": "NaN", "router/load_LE": [[1, 2]]}]
     assert err == "run x\n"
