@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from model import mhc
 from model.attention import Attention, IndexerStatistics, Place
 from model.config import ModelConfig
-from model.layers import RMSNorm, island_dtype
+from model.layers import RMSNorm, island_dtype, run
 from model.losses import attach
 from model.moe import MoE, RouterStatistics
 
@@ -33,13 +33,15 @@ class BlockStatistics:
 class Block(nn.Module):
     """attn_norm, attn, ffn_norm, ffn and the two mHC sites' hc_*_fn, hc_*_base, hc_*_scale (at least fp32).
 
-    `enter` and `expand` are seams for kernels: same signatures as the functions of `model.mhc`.
+    `enter` and `expand` are seams for kernels: same signatures as the functions of `model.mhc`. `run_attn` and
+    `run_ffn` are seams for recomputation, called like `model.layers.run`.
     """
 
     def __init__(self, config: ModelConfig, *, ratio: int, hashed: bool, dtype: torch.dtype) -> None:
         super().__init__()
         self.config = config
         self.enter, self.expand = mhc.enter, mhc.expand
+        self.run_attn, self.run_ffn = run, run
         D, N, island = config.hidden_size, config.hc_mult, island_dtype(dtype)
         rows = (2 + N) * N
         self.attn_norm = RMSNorm(D, config.rms_norm_eps, dtype)
@@ -58,13 +60,14 @@ class Block(nn.Module):
     ) -> tuple[Tensor, BlockStatistics]:
         """balance, indexer: scales of this layer's loss terms, attached to the stream by an identity."""
         u_BTD, post, comb = self.site(x_BTND, self.hc_attn_fn, self.hc_attn_base, self.hc_attn_scale)
-        y_BTD, indexed = self.attn(self.attn_norm(u_BTD), place)
+        y_BTD, indexed = self.run_attn(self.attn, self.attn_norm(u_BTD), place)
         if indexed is not None:
             y_BTD = attach(y_BTD, indexed.kl_sum, indexer)
         x_BTND = self.expand(x_BTND, y_BTD, post, comb)
 
         u_BTD, post, comb = self.site(x_BTND, self.hc_ffn_fn, self.hc_ffn_base, self.hc_ffn_scale)
-        y_BTD, routed = self.ffn(self.ffn_norm(u_BTD), token_BT, place.layout.document_BT)
+        h_BTD = self.ffn_norm(u_BTD)
+        y_BTD, routed = self.run_ffn(self.ffn, h_BTD, token_BT, place.layout.document_BT)
         if routed.balance_sum is not None:
             y_BTD = attach(y_BTD, routed.balance_sum, balance)
         return self.expand(x_BTND, y_BTD, post, comb), BlockStatistics(router=routed, indexer=indexed)

@@ -60,6 +60,11 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return rms_normalize(x, weight, eps).to(x.dtype)
 
 
+def run(module: nn.Module, *arguments: Any) -> Any:
+    """module(*arguments): the plain default of the seams for recomputation."""
+    return module(*arguments)
+
+
 class RMSNorm(nn.Module):
     """RMSNorm with weight over the last dim. `norm` is a seam for kernels: same signature as `rms_norm`."""
 

@@ -10,10 +10,11 @@ from model.visibility import Blocks, Layout
 CHUNK = 64
 """Least queries per chunk, else half as many as the window: then a third of its window keys is outside the band."""
 
-GATHER = 1.5
+GATHER = 3
 """Selected slots are gathered for each query where a chunk sees more than GATHER times as many, else masked.
 
-Measured on one core with 8 heads of 64 and with 4 of 32: a gathered slot costs what 1.4 masked ones cost.
+Between what pays on one core: the debug model (4 heads of 32, 16 of 128 slots) gains nothing from gathering, a model of
+8 heads of 64 with 64 of 512 slots gains from half of this on. Long rows are far above it, so attention stays linear.
 """
 
 

@@ -9,7 +9,7 @@ from model import mhc
 from model.attention import Place
 from model.block import Block, BlockStatistics, TermScales
 from model.config import AttentionMode, ModelConfig
-from model.layers import Embedding, Linear, RMSNorm, fp32_product, island_dtype
+from model.layers import Embedding, Linear, RMSNorm, fp32_product, island_dtype, run
 from model.losses import mtp_document
 from model.mtp import MTP
 from model.rope import Rotation, frequencies, rotation
@@ -29,12 +29,14 @@ class Output:
 class Transformer(nn.Module):
     """embed, layers, norm, head, hc_head_*, mtp: parameter names are the released ones (experts stacked).
 
+    `run_block` is the seam for recomputing a whole layer, called like `model.layers.run`.
     Built with uninitialised weights: fill them by `model.init.initialize` or `model.names.load_released`.
     """
 
     def __init__(self, config: ModelConfig, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
         self.config, self.dtype = config, dtype
+        self.run_block = run
         D, N, island = config.hidden_size, config.hc_mult, island_dtype(dtype)
         self.embed = Embedding(config.vocab_size, D, dtype)
         self.layers = nn.ModuleList(
@@ -85,7 +87,7 @@ class Transformer(nn.Module):
         x_BTND = self.streams(token_BT)
         statistics = []
         for block in self.layers:
-            x_BTND, of_block = block(x_BTND, token_BT, place, scales.balance, scales.indexer)
+            x_BTND, of_block = self.run_block(block, x_BTND, token_BT, place, scales.balance, scales.indexer)
             statistics.append(of_block)
         h_BTD = self.hidden(x_BTND)
         mtp_h_BTD = of_mtp = None

@@ -87,6 +87,11 @@ def build(config: TrainConfig, data: Data, device: torch.device) -> Built:
     ]
     dtype = torch.float64 if config.precision.dtype == "fp64" else torch.float32
     pool = RowPool(model, config.threads if device.type == "cpu" else 1)
+    if config.recompute:
+        from trainer.parallel.recompute import apply_recompute
+
+        for view in pool.views:
+            apply_recompute(view, config.recompute)
     parts = Parts(
         pool=pool,
         optimizer=Optimizer(shared, members, config.optim, pool.plain_map),

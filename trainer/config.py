@@ -10,6 +10,7 @@ from optim.config import OptimConfig
 from trainer.schedule_config import ScheduleConfig
 
 Precision = Literal["fp64", "fp32", "bf16"]
+Recomputed = Literal["attention", "experts", "block"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -113,6 +114,8 @@ class TrainConfig:
     threads: int = 2
     """Rows computed at the same time on a CPU, one core each; the bits of a run do not depend on it."""
     deterministic: bool = True
+    recompute: tuple[Recomputed, ...] = ()
+    """Parts of each layer whose activations are computed again in the backward pass (trainer/parallel/recompute.py)."""
     kernels: Literal["auto", "off", "triton"] = "auto"
     """Triton kernels in place of plain functions; auto: on a GPU, if triton is installed and precision is not fp64."""
     model: ModelConfig
