@@ -55,7 +55,7 @@ def pytest_words(argv: Sequence[str]) -> list[str]:
     """pytest's command line: ours, unless the user says how many workers or none."""
     chosen = any(word.startswith(("-n", "--numprocesses")) or word == "no:xdist" for word in argv)
     color = ["--color=yes"] if sys.stdout.isatty() else []
-    return [sys.executable, "-m", "pytest", *([] if chosen else ["-n", WORKERS]), *color, *argv]
+    return [sys.executable, "-m", "pytest", *([] if chosen else ["-n", WORKERS, "--dist", "worksteal"]), *color, *argv]
 
 
 def summary_of(lines: Sequence[str]) -> str:

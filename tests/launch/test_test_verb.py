@@ -27,7 +27,7 @@ def test_the_summary_is_pytest_s_own(lines: list[str], summary: str) -> None:
 
 
 def test_words_go_on_to_pytest_and_workers_can_be_chosen() -> None:
-    assert verb.pytest_words(["--all", "-k", "x"])[:5] == [sys.executable, "-m", "pytest", "-n", "2"]
+    assert verb.pytest_words(["--all", "-k", "x"])[3:7] == ["-n", "2", "--dist", "worksteal"]
     assert verb.pytest_words(["--all", "-k", "x"])[-3:] == ["--all", "-k", "x"]
     for words in (["-n", "0"], ["-n4"], ["--numprocesses=1"], ["-p", "no:xdist"]):
         assert verb.pytest_words(words)[3:5] != ["-n", "2"]
