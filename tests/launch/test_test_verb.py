@@ -1,6 +1,5 @@
 """Proves that `keel test` hands pytest's words on, finds pytest's own summary, and fails when any check fails."""
 
-import sys
 from pathlib import Path
 
 import pytest

@@ -206,8 +206,8 @@ def test_linear_flops_equal_torchs_own_count(variant: str, monkeypatch: pytest.M
         total.backward()
     expected = without_attention(training_flops(config, length, "dense"))
     assert forward.get_total_flops() * 3 == expected
-    # Per token and site, backwards: `enter` makes a product elementwise (2 N D FLOP less), `expand` has two products for
-    # the gradients of an elementwise post * y (4 N D more).
+    # Per token and site, backwards: `enter` makes a product elementwise (2 N D FLOP less), `expand` the gradients of an
+    # elementwise post * y as two products (4 N D more).
     tokens = length * config.num_hidden_layers + (length - 1) * config.num_nextn_predict_layers
     more = 2 * config.hc_mult * config.hidden_size * 2 * tokens
     assert forward.get_total_flops() + backward.get_total_flops() == expected + more
