@@ -26,8 +26,11 @@ def replay(config: TrainConfig, path: Path, *, as_json: bool = False) -> int:
     found = crash.load(path)
     device = settle(config)
     model = build_model(config, device)
-    _refuse_another_model(names.tensors(model), found)
-    restore_model(model, found.tensors)
+    mine = names.tensors(model)
+    _refuse_another_model(mine, found)
+    # In another precision than the crash's, too: the weights are the same numbers, in the model's types.
+    stored = {f"model/{name}": found.tensors[f"model/{name}"].to(tensor.dtype) for name, tensor in mine.items()}
+    restore_model(model, stored)
     fault = found.fault
     groups: dict[str, str] = {one.parameter: one.group for one in names.logical_tensors(config.model)}
     train_only(model, groups, frozen_groups(fault.plan.attention, groups))
