@@ -8,7 +8,6 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
 from data.batch import Batch
 from model import experts, mhc
@@ -16,6 +15,8 @@ from model.transformer import Transformer
 from tests.runs import tiny
 from tests.trainer import steps
 from trainer import probe
+from trainer.config import Recomputed
+from trainer.parallel.recompute import apply_recompute
 from trainer.probe import Pass
 from trainer.row import pick
 
@@ -162,13 +163,11 @@ def test_clamped_is_the_share_of_all_inputs(model: Transformer, limit: float) ->
     assert (found == 0) == (limit == 10.0)
 
 
-def test_what_the_backward_pass_computes_again_is_not_counted_twice(model: Transformer) -> None:
-    """With every block recomputed."""
+@pytest.mark.parametrize("part", ["attention", "experts", "block"])
+def test_what_the_backward_pass_computes_again_is_not_counted_twice(model: Transformer, part: Recomputed) -> None:
     expected = probe.measure(watch(model, ROWS[:1]))
     model = copy.deepcopy(model)
-    for block in model.layers:
-        inner = block.forward
-        block.forward = lambda *given, inner=inner: checkpoint(inner, *given, use_reentrant=False)
+    apply_recompute(model, [part])
     with probe.watched([model]) as passes:
         run(model).h_BTD.sum().backward()
     assert probe.measure(passes) == expected
