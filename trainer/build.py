@@ -76,9 +76,8 @@ def read_data(config: TrainConfig, report: Report) -> Data:
 
 
 def build(config: TrainConfig, data: Data, device: torch.device) -> Built:
-    """Make the model with its initial values on the device, its kernels, then its optimizer and sums."""
+    """Make the model with its initial values on the device, its views with their kernels, then optimizer and sums."""
     model = build_model(config, device)
-    apply_kernels(model, choose_kernels(config, device))
     shared = {name: tensor for name, tensor in model.named_parameters() if names.alias_of(name) is None}
     logicals = list(names.logical_tensors(config.model))
     members = [
@@ -87,6 +86,8 @@ def build(config: TrainConfig, data: Data, device: torch.device) -> Built:
     ]
     dtype = torch.float64 if config.precision.dtype == "fp64" else torch.float32
     pool = RowPool(model, config.threads if device.type == "cpu" else 1)
+    for view in pool.views:
+        apply_kernels(view, choose_kernels(config, device))
     if config.recompute:
         from trainer.parallel.recompute import apply_recompute
 

@@ -40,6 +40,8 @@ def test_chosen(
         ({}, "0", "kernels = triton: expected a GPU; on a CPU kernels=off, or TRITON_INTERPRET=1 for tests"),
         ({"threads": 2}, "1", "kernels = triton: expected threads=1 in Triton's interpreter"),
         ({"precision": PrecisionConfig(dtype="fp64")}, "1", "kernels = triton: expected precision.dtype of fp32 or"),
+        ({"model": tiny.model(hc_mult=3)}, "1", "model.hc_mult = 3: expected a power of two, or kernels=off"),
+        ({"model": tiny.model(head_dim=9)}, "1", "model.head_dim = 9: expected an even number, or kernels=off"),
     ],
 )
 def test_refused(changes: dict[str, Any], interpreted: str, message: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from model.attention import Attention
+from model.block import Block
 from model.compressor import Compressor
 from model.config import require
 from model.experts import Experts, SharedExpert
@@ -35,10 +36,13 @@ class Seam:
 
 
 SEAMS = (
+    Seam(owner=Block, attribute="enter", kernel="enter.enter"),
+    Seam(owner=Block, attribute="expand", kernel="expand.expand"),
     Seam(owner=RMSNorm, attribute="norm", kernel="norm.rms_norm"),
     Seam(owner=Attention, attribute="norm_rotate", kernel="norm.norm_rotate"),
     Seam(owner=Compressor, attribute="norm_rotate", kernel="norm.norm_rotate"),
     Seam(owner=Attention, attribute="rotate", kernel="rotate.rotate"),
+    Seam(owner=Compressor, attribute="pool", kernel="pool.pool"),
     Seam(owner=Experts, attribute="swiglu", kernel="swiglu.clamped_swiglu"),
     Seam(owner=SharedExpert, attribute="swiglu", kernel="swiglu.clamped_swiglu"),
 )
@@ -47,18 +51,21 @@ SEAMS = (
 def choose_kernels(config: TrainConfig, device: torch.device) -> Kernels:
     """What `config.kernels` means on this device: auto is triton on a GPU if it is installed and the type allows.
 
-    Raises ValueError where triton was asked for and cannot serve.
+    Raises ValueError where triton was asked for, or chosen, and cannot serve.
     """
-    fp64 = config.precision.dtype == "fp64"
-    if config.kernels == "auto":
-        return "triton" if device.type == "cuda" and _installed() and not fp64 else "off"
-    if config.kernels == "triton":
+    fp64, chosen = config.precision.dtype == "fp64", config.kernels
+    if chosen == "auto":
+        chosen = "triton" if device.type == "cuda" and _installed() and not fp64 else "off"
+    if chosen == "triton":
+        N, C = config.model.hc_mult, config.model.head_dim
         require(_installed(), "kernels", "triton", "the package triton, which is not installed, or kernels=off")
         require(not fp64, "kernels", "triton", "precision.dtype of fp32 or bf16, which kernels compute in")
+        require(N & (N - 1) == 0, "model.hc_mult", N, "a power of two, or kernels=off")
+        require(C % 2 == 0, "model.head_dim", C, "an even number, or kernels=off")
         if device.type != "cuda":
             require(_interpreted(), "kernels", "triton", "a GPU; on a CPU kernels=off, or TRITON_INTERPRET=1 for tests")
             require(config.threads == 1, "kernels", "triton", "threads=1 in Triton's interpreter")
-    return config.kernels
+    return chosen
 
 
 def apply_kernels(model: Transformer, which: Kernels) -> None:
