@@ -224,6 +224,8 @@ def _first_line(error: ValidationError) -> str:
     found = error.errors(include_url=False)
     worst = next((item for item in found if item["type"] == "unexpected_keyword_argument"), found[0])
     path = [str(part) for part in worst["loc"]]
+    if worst["type"].endswith("_type") and schema.lookup(TrainConfig, path) is None:
+        path.pop()  # of a key that may hold one of two types, pydantic adds the type it tried
     key = ".".join(path)
     if worst["type"] == "unexpected_keyword_argument":
         return str(_unknown(key, worst["input"]))

@@ -82,6 +82,8 @@ def describe(kind: Any) -> str:
     stripped, origin = _strip_optional(kind), get_origin(kind)
     if stripped is not kind:
         return f"{describe(stripped)} or null"
+    if origin in (Union, types.UnionType):
+        return " or ".join(describe(option) for option in get_args(kind))
     if origin is Literal:
         choices = [show(choice) for choice in get_args(kind)]
         return choices[0] if len(choices) == 1 else f"one of {', '.join(choices)}"

@@ -41,6 +41,10 @@ class Built:
         of_model = {f"model/{name}": tensor for name, tensor in names.tensors(self.parts.model).items()}
         return of_model | {f"optimizer/{name}": value for name, value in self.parts.optimizer.state_dict().items()}
 
+    def named_tensors(self) -> dict[str, Tensor]:
+        """`tensors` and what else has a name: the sums of the gradients."""
+        return self.tensors() | {f"sums/{name}": total for name, total in self.parts.sums.totals().items()}
+
     def restore(self, tensors: dict[str, Tensor]) -> None:
         """Put back what `tensors` gave; raises ValueError unless names, shapes and dtypes are the same."""
         restore_model(self.parts.model, tensors)

@@ -7,6 +7,7 @@ from typing import Literal
 from data.config import DataConfig
 from model.config import CSA_RATIO, InitConfig, ModelConfig, require
 from optim.config import OptimConfig
+from trainer import schedule
 from trainer.schedule_config import ScheduleConfig
 
 Precision = Literal["fp64", "fp32", "bf16"]
@@ -104,6 +105,26 @@ def check_name(name: str) -> None:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class ProfileConfig:
+    """Which steps are profiled, as they are counted in the progress lines: "20..22" or "20"; "" is none."""
+
+    steps: str | int = ""
+
+    def __post_init__(self) -> None:
+        first, last = self.range() or (1, 1)
+        require(1 <= first <= last, "steps", self.steps, "the first step, from 1 on, before the last")
+
+    def range(self) -> tuple[int, int] | None:
+        """First and last step, None where none is profiled."""
+        if self.steps == "":
+            return None
+        match = re.fullmatch(r"(\d{1,18})(?:\.\.(\d{1,18}))?", str(self.steps))
+        require(match is not None, "steps", self.steps, "steps such as 20..22 or 20, or nothing")
+        assert match is not None
+        return int(match[1]), int(match[2] or match[1])
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class TrainConfig:
     """One run. Fields that name a group of `configs/` have that group's name."""
 
@@ -130,6 +151,7 @@ class TrainConfig:
     validation: ValidationConfig = field(default_factory=ValidationConfig)
     observe: ObserveConfig = field(default_factory=ObserveConfig)
     sample: SampleConfig = field(default_factory=SampleConfig)
+    profile: ProfileConfig = field(default_factory=ProfileConfig)
 
     def __post_init__(self) -> None:
         check_name(self.name)
@@ -138,6 +160,7 @@ class TrainConfig:
         self._check_rows()
         self._check_vocabulary()
         self._check_sample()
+        self._check_profile()
 
     def _check_rows(self) -> None:
         for stage in self.schedule.row_length:
@@ -171,3 +194,9 @@ class TrainConfig:
             self.sample.tokens,
             f"at most {most}: with sample.prompt a row of model.max_position_embeddings",
         )
+
+    def _check_profile(self) -> None:
+        profiled = self.profile.range()
+        if profiled is not None:
+            steps = len(schedule.plan(self.schedule))
+            require(profiled[1] <= steps, "profile.steps", self.profile.steps, f"steps of the run, which has {steps}")

@@ -7,6 +7,7 @@ from typing import Any
 
 from trainer import metrics
 from trainer.build import Built
+from trainer.debug.profile import Profiler
 from trainer.folder import RunFolder
 from trainer.observe import Observer
 from trainer.progress import Progress
@@ -24,6 +25,7 @@ class Outlets:
     writer: Writer
     tracker: Tracker
     progress: Progress
+    profiler: Profiler
     facts: Mapping[str, Any]
 
 
@@ -37,11 +39,13 @@ def run_steps(built: Built, outlets: Outlets, observer: Observer, first_step: in
     while done < last and not stop():
         started = time.perf_counter()
         plan = built.plans[done]
+        outlets.profiler.before(done + 1)
         with observer.watching(plan) as passes:
             result = train_step(built.parts, plan, stop)
         if result is None:
             break
         done += 1
+        outlets.profiler.after(done)
         seconds = time.perf_counter() - started
         row = observer.row(plan, result, passes, seconds) | {"time/save_s": save_s}
         row["time/observe_s"] = time.perf_counter() - started - seconds

@@ -6,6 +6,7 @@ threads changes the speed of a run and none of its bits.
 
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from queue import SimpleQueue
 from typing import TypeVar
 
@@ -45,6 +46,20 @@ class RowPool:
                 self._views.put(view)
 
         return self.plain_map(run, items)
+
+    @property
+    def width(self) -> int:
+        """Rows that are computed at the same time."""
+        return len(self.views) if self._executor else 1
+
+    @contextmanager
+    def one_thread(self) -> Iterator[None]:
+        """Within the block rows run one after another in the caller's thread, which a profiler can follow."""
+        executor, self._executor = self._executor, None
+        try:
+            yield
+        finally:
+            self._executor = executor
 
     def plain_map(self, work: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
         """`map` over the same threads, for work that needs no model."""

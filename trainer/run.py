@@ -15,6 +15,7 @@ from trainer.config import TrainConfig
 from trainer.debug import crash
 from trainer.debug.crash import Kept
 from trainer.debug.fault import NonFinite
+from trainer.debug.profile import Profiler
 from trainer.device import DTYPES, settle
 from trainer.folder import FINISHED, RunFolder
 from trainer.loop import Outlets, run_steps
@@ -146,12 +147,13 @@ def _run(
         writer=Writer(run_folder.checkpoints, config.checkpoint.keep_last, config.checkpoint.keep_every_steps),
         tracker=Tracker(run_folder.path, config.tracking, asdict(config), run_folder.run_id, progress.say),
         progress=progress,
+        profiler=Profiler(built, run_folder.path, progress.say),
         facts=facts,
     )
     run_folder.begin("resume" if loaded else "start", first_step, _about(observer, first_step, facts), changes)
     stop, done = Stop(), first_step
     try:
-        with on_signals(stop), closing(outlets.writer):
+        with on_signals(stop), closing(outlets.writer), closing(outlets.profiler):
             done = run_steps(built, outlets, observer, first_step, stop, session.stop_at)
     except NonFinite as error:
         kept = crash.keep(built, run_folder, error.fault, facts)

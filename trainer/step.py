@@ -116,7 +116,7 @@ def train_step(parts: Parts, plan: StepPlan, stopped: Callable[[], bool]) -> Ste
     if plan.attention != "indexer_warmup":
         update_biases(parts.model, whole, parts.loss.bias_update_speed)
     whole_step.mark()
-    seconds = _seconds(whole_step, row_laps, len(parts.pool.views))
+    seconds = _seconds(whole_step, row_laps, parts.pool.width)
     return StepResult(batch=batch, counts=counts, rows=tuple(whole), update=update, seconds=seconds)
 
 

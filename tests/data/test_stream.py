@@ -58,6 +58,20 @@ def test_any_order_of_calls_and_any_object_gives_the_same_rows(stores: dict[str,
         assert as_bytes(stream_of(stores, segments, weights=[3, 2]).rows(segment, row, 1)) == expected[segment, row]
 
 
+def test_the_origin_of_a_row_leads_to_its_tokens(stores: dict[str, TokenStore]) -> None:
+    stream = stream_of(stores, [Segment(row_length=32, rows=150)], weights=[3, 2])
+    for number in (0, 1, 77, 149):
+        batch, origin = stream.rows(0, number, 1), stream.origin(0, number)
+        chunks = stream._sources[int(batch.source_B[0])]
+        chunk = chunks.load(origin.epoch, origin.chunk)
+        at = 0
+        for document, start, length in zip(origin.documents, origin.starts, origin.lengths, strict=True):
+            first = chunk.starts[document] + start
+            assert batch.token_BT[0, at : at + length].tolist() == chunk.tokens[first : first + length].tolist()
+            at += length
+        assert at == len(tokens_of(batch, int(batch.source_B[0])))
+
+
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4, 6])
 def test_any_split_of_a_batch_gives_the_same_rows(stores: dict[str, TokenStore], ranks: int) -> None:
     whole = stream_of(stores, LONG).rows(0, 24, 24)

@@ -43,6 +43,7 @@ WRONG_TYPES = [
     ("schedule.rate.peak=inf", "a finite number"),
     ("deterministic=1", "true or false"),
     ("name=3", "a text"),
+    ("profile.steps=1.5", "a text or an integer"),
     ("device=gpu", "one of auto, cpu, cuda"),
     ("model.num_nextn_predict_layers=2", "one of 0, 1"),
     ("model.norm_topk_prob=false", "true"),
@@ -71,6 +72,11 @@ CONTRADICTIONS = [
     ("model.rope_scaling={factor: 0.5, original_max_position_embeddings: 64}", "at least 1"),
     ("checkpoint.keep_last=1", "at least 2"),
     ("validation.rows=0", "a positive number of rows"),
+    ("profile.steps=x", "steps such as 20..22 or 20, or nothing"),
+    ("profile.steps=2..", "steps such as 20..22 or 20, or nothing"),
+    ("profile.steps=0", "the first step, from 1 on, before the last"),
+    ("profile.steps=5..2", "the first step, from 1 on, before the last"),
+    ("profile.steps=1..999", "steps of the run, which has 84"),
 ]
 MISSING = [
     ("~model.vocab_size", "a value: an integer"),

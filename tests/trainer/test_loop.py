@@ -37,6 +37,12 @@ class Diary:
         self.notes.append(("save", step))
         time.sleep(SAVE_S)
 
+    def before(self, step: int) -> None:
+        self.notes.append(("before", step))
+
+    def after(self, step: int) -> None:
+        self.notes.append(("after", step))
+
     def log(self, step: int, row: dict[str, Any]) -> None:
         self.notes.append(("log", step))
 
@@ -74,7 +80,7 @@ def run(
         config=SimpleNamespace(validation=ValidationConfig(every_steps=4), checkpoint=CheckpointConfig(every_steps=3)),
         tensors=dict,
     )
-    outlets = Outlets(folder=diary, writer=diary, tracker=diary, progress=diary, facts={"torch": "x"})
+    outlets = Outlets(folder=diary, writer=diary, tracker=diary, progress=diary, profiler=diary, facts={"torch": "x"})
     observer = SimpleNamespace(
         watching=lambda plan: nullcontext([]),
         row=lambda plan, result, passes, step_s: {"step": plan.step + 1, "time/step_s": step_s},

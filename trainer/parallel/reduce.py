@@ -87,6 +87,10 @@ class ExactSum:
                 fixed_integers[:] = _integers(fixed.mul_(2.0**FRACTION_BITS).round_().to(torch.int64))
             self._integers[name][part] += fixed_integers
 
+    def totals(self) -> Mapping[str, Tensor]:
+        """The accumulators by name, as they are."""
+        return self._sums
+
     @torch.no_grad()
     def result(self) -> dict[str, Tensor]:
         """The sums so far, rounded once to the result's type."""
