@@ -37,18 +37,19 @@ def run_steps(built: Built, outlets: Outlets, observer: Observer, first_step: in
     begun, done, saved, save_s = time.perf_counter(), first_step, first_step, 0.0
     last = min(stop_at, len(built.plans))
     while done < last and not stop():
-        started = time.perf_counter()
         plan = built.plans[done]
         outlets.profiler.before(done + 1)
+        started = time.perf_counter()
         with observer.watching(plan) as passes:
             result = train_step(built.parts, plan, stop)
         if result is None:
             break
         done += 1
-        outlets.profiler.after(done)
         seconds = time.perf_counter() - started
+        outlets.profiler.after(done)
+        observed = time.perf_counter()
         row = observer.row(plan, result, passes, seconds) | {"time/save_s": save_s}
-        row["time/observe_s"] = time.perf_counter() - started - seconds
+        row["time/observe_s"] = time.perf_counter() - observed
         if done == first_step + 1:
             row["speed/product_flops_per_s"] = observer.product_rate
         row["time/run_s"] = time.perf_counter() - begun

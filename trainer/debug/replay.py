@@ -1,8 +1,12 @@
 """Computing the row of a crash folder again: does it still fail, where, and in another precision?"""
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
+
+from torch import Tensor
 
 from data.batch import Batch
 from model import names
@@ -13,6 +17,7 @@ from trainer.debug import crash
 from trainer.debug.finding import find, table
 from trainer.debug.trace import trace
 from trainer.device import settle
+from trainer.parallel.apply import apply_kernels, choose_kernels, describe_kernels
 from trainer.row import pick
 from trainer.step import frozen_groups, train_only
 
@@ -25,12 +30,10 @@ def replay(config: TrainConfig, path: Path, *, as_json: bool = False) -> int:
     """
     found = crash.load(path)
     device = settle(config)
+    kernels = choose_kernels(config, device)
     model = build_model(config, device)
-    mine = names.tensors(model)
-    _refuse_another_model(mine, found)
-    # In another precision than the crash's, too: the weights are the same numbers, in the model's types.
-    stored = {f"model/{name}": found.tensors[f"model/{name}"].to(tensor.dtype) for name, tensor in mine.items()}
-    restore_model(model, stored)
+    apply_kernels(model, kernels)
+    restore_model(model, _in_types_of(names.tensors(model), found.tensors))
     fault = found.fault
     groups: dict[str, str] = {one.parameter: one.group for one in names.logical_tensors(config.model)}
     train_only(model, groups, frozen_groups(fault.plan.attention, groups))
@@ -42,14 +45,15 @@ def replay(config: TrainConfig, path: Path, *, as_json: bool = False) -> int:
     if as_json:
         print(json.dumps({"first": name, "reproduced": reproduced, "events": [asdict(event) for event in events]}))
     else:
-        _say(path, config, found, provenance.facts(device=str(device), dtype=config.precision.dtype))
+        facts = provenance.facts(device=str(device), dtype=config.precision.dtype, kernels=describe_kernels(kernels))
+        _say(path, config, found, facts)
         print("\n".join(table(events, None if now is None else now.event)), end="\n\n")
         print(_verdict(name, found.first))
         print(crash.describe(now, found.documents))
     return 0 if reproduced or now is None else 1
 
 
-def _say(path: Path, config: TrainConfig, found: crash.Crash, now: dict) -> None:
+def _say(path: Path, config: TrainConfig, found: crash.Crash, now: Mapping[str, Any]) -> None:
     fault = found.fault
     where = f"step {fault.plan.step + 1}, row {fault.index + 1} of {fault.plan.rows}, {fault.plan.attention} attention"
     print(f"{path}: {where}, now in {config.precision.dtype} on {now['device']}")
@@ -67,10 +71,12 @@ def _verdict(name: str | None, before: str | None) -> str:
     return f"not finite, but first in another tensor: {name}, not {before or 'none'}"
 
 
-def _refuse_another_model(mine: dict, found: crash.Crash) -> None:
-    for name, tensor in mine.items():
-        stored = found.tensors.get(f"model/{name}")
-        if stored is None or stored.shape != tensor.shape:
-            raise ValueError(f"model = {name}: expected the sizes of the crash, overrides may not change them")
-    if len(mine) != sum(name.startswith("model/") for name in found.tensors):
-        raise ValueError("model = fewer tensors: expected the sizes of the crash, overrides may not change them")
+def _in_types_of(mine: Mapping[str, Tensor], stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The stored weights in the types of the model; ValueError where they are of another model."""
+    found = {name: tensor for name, tensor in stored.items() if name.startswith("model/")}
+    shapes = {name.removeprefix("model/"): tensor.shape for name, tensor in found.items()}
+    differing = {name: tensor.shape for name, tensor in mine.items()}.items() ^ shapes.items()
+    if differing:
+        name = min(name for name, _ in differing)
+        raise ValueError(f"model = {name}: expected the sizes of the crash, which no override may change")
+    return {name: tensor.to(mine[name.removeprefix("model/")].dtype) for name, tensor in found.items()}
