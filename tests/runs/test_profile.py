@@ -114,6 +114,16 @@ def test_a_run_that_ends_within_its_profile_writes_the_whole_steps(config: Train
     assert folders(run) == [f"step-{FIRST:06}-{LAST:06}", f"step-{LAST + 1:06}-{LAST + 1:06}"]
 
 
+@pytest.mark.parametrize("what", ["attention", "experts", "block"])
+def test_ranges_end_where_parts_are_computed_again(what: Any, config: TrainConfig) -> None:
+    config = replace(profiled(config, "1"), recompute=(what,), threads=1)
+    assert train(config, stop_at=1) == 0
+    (folder,) = (tiny.only_run(Path(config.runs_dir)).path / "profile").iterdir()
+    inside = {"attention": "layers.0.attn.wq_a", "experts": "layers.0.ffn.experts", "block": "layers.0.attn_norm"}[what]
+    names = ranges(folder)
+    assert (names.count("model"), names.count("norm"), names.count(inside)) == (1, 1, 2)
+
+
 def test_a_large_trace_is_compressed(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(profile, "LARGE_BYTES", 1)
     config = profiled(config, "1")

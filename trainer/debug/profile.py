@@ -125,12 +125,14 @@ def _ranges(model: nn.Module) -> Iterator[None]:
 
     names = {module: name or "model" for name, module in model.named_modules()}
     handles = [module.register_forward_pre_hook(enter) for module in names]
-    handles += [module.register_forward_hook(leave) for module in names]
+    # Also when it raises: what is computed again in the backward pass is left as soon as it is no longer needed.
+    handles += [module.register_forward_hook(leave, always_call=True) for module in names]
     try:
         yield
     finally:
         for handle in handles:
             handle.remove()
+    assert not entered, "every range that was entered was left"
 
 
 def _compress_if_large(path: Path) -> None:

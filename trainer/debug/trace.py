@@ -113,8 +113,9 @@ class _Recorder:
             self._see(name, label, tensor)
 
     def _see(self, name: str, label: str, tensor: Tensor) -> None:
-        if not self.backward:
-            self.forward.append(self._token_event("forward", name, label, tensor.detach()))
+        if self.backward:
+            return
+        self.forward.append(self._token_event("forward", name, label, tensor.detach()))
         if tensor.requires_grad and tensor.grad_fn is not None:
             tensor.register_hook(self._gradient_of(name, label))
 

@@ -60,6 +60,13 @@ def set_weight(parts: Parts, name: str, value: float) -> None:
         parts.model.get_parameter(name).view(-1)[-1] = value
 
 
+@pytest.mark.parametrize("what", ["attention", "experts", "block"])
+def test_what_is_computed_again_is_told_of_once(what: str) -> None:
+    plain, again = (steps.make_parts(BATCH, recompute=recompute) for recompute in ((), (what,)))
+    told = [[(event.name, event.largest) for event in events_of(parts)] for parts in (plain, again)]
+    assert sorted(told[0]) == sorted(told[1])
+
+
 @pytest.mark.parametrize("mode", ["dense", "indexer_warmup", "sparse"])
 def test_a_healthy_row_has_no_finding(mode: AttentionMode) -> None:
     parts = steps.make_parts(BATCH)
