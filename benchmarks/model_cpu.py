@@ -101,6 +101,9 @@ def _rounds(who: Sequence[str], T: int, rounds: int) -> dict[str, tuple[float, f
         for name in who:
             command = [sys.executable, "-m", "benchmarks.model_cpu", "--child", name, str(T)]
             runs[name].append(json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout))
+            print(
+                f"{name}, T = {T}: {runs[name][-1][0]:.3f} s, {runs[name][-1][1]:,.0f} MiB", file=sys.stderr, flush=True
+            )
     return {name: (_median(values, 0), _median(values, 1)) for name, values in runs.items()}
 
 
@@ -156,6 +159,7 @@ def _their_step(token_BT: Tensor) -> Callable[[], None]:
 def _difference() -> float:
     from benchmarks.transformers_model import build
 
+    torch.set_num_threads(1)
     model, token_BT = _model(256), torch.arange(256).unsqueeze(0)
     with torch.no_grad():
         return float((model.logits(model(token_BT).h_BTD) - build(model)(token_BT).logits).abs().max())
