@@ -43,6 +43,8 @@ SEAMS = (
     Seam(owner=Compressor, attribute="norm_rotate", kernel="norm.norm_rotate"),
     Seam(owner=Attention, attribute="rotate", kernel="rotate.rotate"),
     Seam(owner=Compressor, attribute="pool", kernel="pool.pool"),
+    Seam(owner=Attention, attribute="attend", kernel="attend.attend"),
+    Seam(owner=Attention, attribute="select", kernel="indexer.select"),
     Seam(owner=Experts, attribute="swiglu", kernel="swiglu.clamped_swiglu"),
     Seam(owner=SharedExpert, attribute="swiglu", kernel="swiglu.clamped_swiglu"),
 )

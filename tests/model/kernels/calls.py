@@ -5,8 +5,10 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from model.kernels import enter, expand, norm, pool, rotate, swiglu
+from model.indexer import Index
+from model.kernels import attend, enter, expand, indexer, norm, pool, rotate, swiglu
 from model.rope import Rotation
+from model.sight import Sight
 from model.visibility import layout
 
 B, T, D, N, H, C, PAIRS, F = 1, 4096, 4096, 4, 64, 512, 32, 2048
@@ -59,6 +61,26 @@ def call_pool(dtype: torch.dtype) -> None:
             back(pool.pool(*operands, blocks[M], overlap=M == 4))
 
 
+def sight(ratio: int) -> Sight:
+    position_BT = torch.zeros(B, T, dtype=torch.int64, device="meta")
+    return Sight(layout=layout(position_BT, position_BT, 128, {ratio}), window=128, ratio=ratio)
+
+
+def call_attend(dtype: torch.dtype) -> None:
+    """Window only, CSA with all entries and with selected ones, HCA; in fp32, dear to compile, selected ones alone."""
+    selected = sight(4).restricted(torch.zeros(B, T, 512, dtype=torch.int64, device="meta"))
+    for seen in (sight(0), sight(4), selected, sight(128)) if dtype == torch.bfloat16 else (selected,):
+        entry = empty(B, T // seen.ratio, C, dtype=dtype) if seen.ratio else None
+        operands = empty(B, T, H, C, dtype=dtype), empty(B, T, C, dtype=dtype), entry, empty(H)
+        back(attend.attend(*operands, seen)[0])
+
+
+def call_indexer(dtype: torch.dtype) -> None:
+    heads, channels = 64, 128
+    q, key = empty(B, T, heads, channels, dtype=dtype), empty(B, T // 4, channels, dtype=dtype)
+    indexer.select(Index(q_BTIJ=q, k_BSJ=key, w_BTI=empty(B, T, heads)), 512, sight(4))
+
+
 CALLS: Sequence[Callable[[torch.dtype], None]] = (
     call_norm,
     call_rotate,
@@ -66,4 +88,6 @@ CALLS: Sequence[Callable[[torch.dtype], None]] = (
     call_enter,
     call_expand,
     call_pool,
+    call_attend,
+    call_indexer,
 )
