@@ -17,7 +17,9 @@ import torch
 from launch.main import main
 from tests.runs import children, tiny
 from trainer import checkpoint, loop, row
+from trainer.build import read_data
 from trainer.config import TrainConfig
+from trainer.debug.crash import load
 from trainer.folder import RunFolder
 from trainer.run import train
 from trainer.step import train_step
@@ -25,6 +27,8 @@ from trainer.step import train_step
 STEP = 7
 """The step that fails: the second of the sparse stage; the checkpoint before it is of step 6."""
 WARM_UP_STEP = 4
+TOKEN, SEED = 268, 2
+"""The first row of this seed holds two documents, and only the second has this token."""
 Plant = Callable[[Any], None]
 
 
@@ -102,6 +106,31 @@ def test_a_bad_weight_is_named_and_replays_in_a_process_of_its_own(
     assert [line for line in out.read_text().splitlines() if line.startswith("|")] == table
 
 
+def test_the_documents_that_hold_a_bad_token_are_named_and_no_others(
+    config: TrainConfig, corpus: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def spoil(model: Any) -> None:
+        model.embed.weight[TOKEN] = math.inf
+
+    plant_before(monkeypatch, 1, spoil)
+    _, (line, *_) = crashed(replace(config, seed=SEED), capfd)
+    assert f"first not finite: weight embed.weight: inf at [{TOKEN}, 0]" in line
+    assert "in document 1 (positions 21 to 30; " in line
+    (path,) = (tiny.only_run(Path(config.runs_dir)).path / "crashes").iterdir()
+    crash = load(path)
+    row = crash.fault.row
+    having = {int(piece) for piece in row.document_BT[row.token_BT == TOKEN]}
+    assert 0 < len(having) < len(crash.documents), "a row in which some documents have the token and others do not"
+    named = [line for line in (path / "report.md").read_text().splitlines() if line.startswith("- document ")]
+    assert named == [f"- {document}" for document in crash.documents if document.piece in having]
+    texts = [file.read_text() for file in corpus.iterdir()]
+    for document in crash.documents:
+        assert set(row.document_BT[0, document.first : document.last + 1].tolist()) == {document.piece}
+        if document.start == 0:
+            words = document.text.removesuffix("...")
+            assert any(text.startswith(words) for text in texts)
+
+
 def test_a_fault_that_does_not_repeat_says_so_and_the_run_goes_on_to_the_same_end(
     config: TrainConfig, whole: RunFolder, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -116,7 +145,10 @@ def test_a_fault_that_does_not_repeat_says_so_and_the_run_goes_on_to_the_same_en
     monkeypatch.setattr(row, "learn", learn_once_badly)
     run, (line, *_) = crashed(config, capfd)
     assert "loss/mtp: expected finite values, found nan; every tensor of the row is finite when it is comp" in line
+    assert "step 7, row 2 of 3 (row 11 of the run, from text): " in line
     (crash,) = (run.path / "crashes").iterdir()
+    origin = read_data(config, lambda text: None).train.origin(0, 11)
+    assert [document.number for document in load(crash).documents] == origin.documents.tolist()
     assert main(["train", "--replay", str(crash)]) == 0
     assert "finite now: the fault does not repeat here" in capfd.readouterr().out
     assert train(config) == 0
