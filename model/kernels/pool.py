@@ -119,12 +119,14 @@ class _Pool(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_BSC: Tensor) -> tuple[Tensor | None, ...]:
-        value_BTC, logit_BTC, ape_MC, token_BSM, _, _ = ctx.saved_tensors
+        # Asked for once: recomputation hands them out only once.
+        saved = ctx.saved_tensors
+        value_BTC, logit_BTC, ape_MC, token_BSM, _, _ = saved
         (B, S, _), sizes = token_BSM.shape, _sizes(ape_MC, ctx.overlap)
         grad_value, grad_logit = torch.zeros_like(value_BTC), torch.zeros_like(logit_BTC)
         chunks = triton.cdiv(B * S, CHUNK)
         part = ape_MC.new_empty(chunks, *ape_MC.shape)
-        operands = (*ctx.saved_tensors, grad_BSC.contiguous(), grad_value, grad_logit, part, value_BTC.shape[1], S)
+        operands = (*saved, grad_BSC.contiguous(), grad_value, grad_logit, part, value_BTC.shape[1], S)
         _backward[(chunks, triton.cdiv(sizes["C"], sizes["BLOCK"]))](*operands, B * S, **sizes, CHUNK=CHUNK)
         return grad_value, grad_logit, part.sum(0), None, None, None, None
 

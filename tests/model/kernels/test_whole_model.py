@@ -12,6 +12,7 @@ from model.transformer import Transformer
 from tests.model.kernels.twins import HERE
 from tests.runs import tiny
 from trainer.parallel.apply import apply_kernels
+from trainer.parallel.recompute import apply_recompute
 
 DOCUMENTS = (3, 9, 1, 11)
 
@@ -40,6 +41,10 @@ def test_the_same_numbers() -> None:
     served = copy.deepcopy(plain)
     apply_kernels(served, "triton")
     expected, found = numbers(plain), numbers(served)
+    apply_recompute(served, ("block",))
+    served.zero_grad()
+    again = numbers(served)
+    assert all(torch.equal(again[name], one) for name, one in found.items()), "recomputation changes bits"
     assert expected.keys() == found.keys()
     # Rounding grows through the layers: fp32 against fp64 is as far apart.
     far = {name: ((found[name] - one).abs().max() / one.abs().max()).item() for name, one in expected.items()}
