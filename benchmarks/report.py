@@ -11,9 +11,9 @@ from collections.abc import Callable, Mapping, Sequence
 from trainer import provenance
 
 
-def heading(module: str, shapes: str) -> str:
+def heading(module: str, shapes: str, device: str = "cpu") -> str:
     """How to make the result again, on what it was made, and how busy that machine was."""
-    facts = provenance.facts(device="cpu", dtype="fp32")
+    facts = provenance.facts(device=device, dtype="fp32")
     threads = os.environ.get("OMP_NUM_THREADS", "not set")
     return "\n".join(
         [
