@@ -2,6 +2,7 @@
 a wrong word in one line."""
 
 import json
+import signal
 import subprocess
 import sys
 import threading
@@ -126,7 +127,14 @@ def test_ctrl_c_ends_following_and_nothing_else(runs: Path) -> None:
     trained = RunFolder(path)
     trained.lock()
     command = [sys.executable, "-m", "launch.main", "status", str(path), "--follow"]
-    watcher = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    watcher = subprocess.Popen(
+        command,
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background job ignores it
+    )
     assert watcher.stdout is not None
     assert "step 1/80" in watcher.stdout.readline()
     watcher.send_signal(2)

@@ -13,7 +13,7 @@ import pytest
 
 from tests.runs import tiny
 from trainer.config import ProfileConfig, TrainConfig
-from trainer.debug import profile
+from trainer.debug import dearest, profile
 from trainer.folder import RunFolder
 from trainer.run import train
 
@@ -47,6 +47,7 @@ def watched(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Run
     said: list[str] = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(profile, "LARGE_BYTES", 1 << 40)
+        patch.setattr(dearest, "LARGEST", 1 << 20)  # what other tests left alive in this process may be larger
         patch.setattr("trainer.progress.Progress.say", lambda self, text: said.append(text))
         assert train(profiled(config, f"{FIRST}..{LAST}")) == 0
     return tiny.only_run(Path(config.runs_dir)), "\n".join(said)
