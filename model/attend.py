@@ -31,20 +31,21 @@ class _Attend(torch.autograd.Function):
             out.append(o_BQHC.to(q_BTHC.dtype))
             lse.append(lse_BQH)
         o_BTHC, lse_BTH = torch.cat(out, dim=1), torch.cat(lse, dim=1)
-        ctx.save_for_backward(q_BTHC, kv_BTC, entry_BSC, sink_H, o_BTHC, lse_BTH)
-        ctx.sight = sight
+        # The selection too: what is not saved so, recomputation cannot let go of.
+        ctx.save_for_backward(q_BTHC, kv_BTC, entry_BSC, sink_H, o_BTHC, lse_BTH, sight.selected_BTZ)
+        ctx.dense = sight.restricted(None)
         ctx.mark_non_differentiable(lse_BTH)
         return o_BTHC, lse_BTH
 
     @staticmethod
     def backward(ctx: Any, grad_BTHC: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        q_BTHC, kv_BTC, entry_BSC, sink_H, o_BTHC, lse_BTH = ctx.saved_tensors
+        q_BTHC, kv_BTC, entry_BSC, sink_H, o_BTHC, lse_BTH, selected_BTZ = ctx.saved_tensors
         grad_q = torch.empty_like(q_BTHC)
         grad_kv = torch.zeros_like(at_least_fp32(kv_BTC))
         grad_entry = torch.zeros_like(at_least_fp32(entry_BSC))
         # sum_j p_j dp_j of the softmax's backward pass is the product of the output and its gradient.
         mean_BTH = (at_least_fp32(grad_BTHC) * at_least_fp32(o_BTHC)).sum(-1)
-        for chunk in ctx.sight.chunks():
+        for chunk in ctx.dense.restricted(selected_BTZ).chunks():
             keys, visible = _keys(kv_BTC, entry_BSC, chunk)
             q_BQHC, grad_BQHC = _scaled(q_BTHC, chunk), at_least_fp32(grad_BTHC[:, chunk.rows])
             p_BQHK = _scores(q_BQHC, keys, visible).sub_(lse_BTH[:, chunk.rows].unsqueeze(-1)).exp_()

@@ -117,25 +117,35 @@ class _KlSum(torch.autograd.Function):
         sight: Sight,
         counted_BT: Tensor,
     ) -> Tensor:
-        ctx.save_for_backward(q_BTIJ, k_BSJ, w_BTI, counted_BT)
-        ctx.target, ctx.chunks = target, [chunk for chunk in sight.chunks() if chunk.entries]
+        # Target and selection too: what is not saved so, recomputation cannot let go of.
+        of_target = (target.q_BTHC, target.entry_BSC, target.lse_BTH)
+        ctx.save_for_backward(q_BTIJ, k_BSJ, w_BTI, counted_BT, sight.selected_BTZ, *of_target)
+        ctx.dense = sight.restricted(None)
         total = w_BTI.new_zeros(())
-        for chunk in ctx.chunks:
-            inputs = _chunk_inputs(q_BTIJ, k_BSJ, w_BTI, chunk)
+        for chunk in _chunks(sight):
+            inputs = _chunk_inputs(q_BTIJ, at_least_fp32(k_BSJ), w_BTI, chunk)
             total = total + _chunk_kl(*inputs, target, chunk, counted_BT[:, chunk.rows])
         return total
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        q_BTIJ, k_BSJ, w_BTI, counted_BT = ctx.saved_tensors
-        grad_q, grad_k, grad_w = torch.zeros_like(q_BTIJ), torch.zeros_like(k_BSJ), torch.zeros_like(w_BTI)
-        for chunk in ctx.chunks:
-            q, key, w = (x.detach().requires_grad_() for x in _chunk_inputs(q_BTIJ, k_BSJ, w_BTI, chunk))
+        q_BTIJ, k_BSJ, w_BTI, counted_BT, selected_BTZ, q_BTHC, entry_BSC, lse_BTH = ctx.saved_tensors
+        target = Target(q_BTHC=q_BTHC, entry_BSC=entry_BSC, lse_BTH=lse_BTH)
+        # A key's gradient is a sum over many queries: in at least fp32, rounded once.
+        k = at_least_fp32(k_BSJ)
+        grad_q, grad_k, grad_w = torch.zeros_like(q_BTIJ), torch.zeros_like(k), torch.zeros_like(w_BTI)
+        for chunk in _chunks(ctx.dense.restricted(selected_BTZ)):
+            q, key, w = (x.detach().requires_grad_() for x in _chunk_inputs(q_BTIJ, k, w_BTI, chunk))
             with torch.enable_grad():
-                divergence = _chunk_kl(q, key, w, ctx.target, chunk, counted_BT[:, chunk.rows])
+                divergence = _chunk_kl(q, key, w, target, chunk, counted_BT[:, chunk.rows])
             grad_q[:, chunk.rows], grad_key, grad_w[:, chunk.rows] = torch.autograd.grad(divergence, (q, key, w), grad)
             chunk.add_to_entries(grad_k, grad_key)
-        return grad_q, grad_k, grad_w, None, None, None
+        return grad_q, grad_k.to(k_BSJ.dtype), grad_w, None, None, None
+
+
+def _chunks(sight: Sight) -> list[Chunk]:
+    """The chunks that may see an entry."""
+    return [chunk for chunk in sight.chunks() if chunk.entries]
 
 
 def _chunk_inputs(q_BTIJ: Tensor, k_BSJ: Tensor, w_BTI: Tensor, chunk: Chunk) -> tuple[Tensor, Tensor, Tensor]:

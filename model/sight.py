@@ -106,8 +106,8 @@ class Sight:
         """The blocks of the rate, None for a layer with a window only."""
         return self.layout.blocks[self.ratio] if self.ratio else None
 
-    def restricted(self, selected_BTZ: Tensor) -> "Sight":
-        """The same, of the selected slots only."""
+    def restricted(self, selected_BTZ: Tensor | None) -> "Sight":
+        """The same, of the selected slots only; of all with None."""
         return replace(self, selected_BTZ=selected_BTZ)
 
     def chunks(self) -> tuple[Chunk, ...]:

@@ -1,9 +1,11 @@
 """`attend` by Triton kernels: window and entries in one online softmax, forwards and backwards, no atomics.
 
 Same meaning as `model.attend.attend`. In bf16 the probabilities and the gradients of the scores enter their products
-as bf16, where the plain function has fp32; sums are fp32 in both.
+as bf16, where the plain function has fp32, and so do the picks' shares in the gradients of entries; sums are fp32 in
+both.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -39,34 +41,27 @@ class _View:
     def tensors(self) -> tuple[Tensor, ...]:
         return self.window_low_BT, self.begin_BT, self.end_BT, self.selected_BTZ
 
+    @classmethod
+    def of(cls, tensors: Sequence[Tensor], entries: Literal["none", "range", "picks"]) -> "_View":
+        """The inverse of `tensors`."""
+        low_BT, begin_BT, end_BT, selected_BTZ = tensors
+        return cls(window_low_BT=low_BT, begin_BT=begin_BT, end_BT=end_BT, selected_BTZ=selected_BTZ, entries=entries)
+
 
 def _view(sight: Sight) -> _View:
     window_low_BT = sight.layout.window_low_BT.contiguous()
     nothing_BTZ = window_low_BT.new_empty(*window_low_BT.shape, 0)
-    if sight.blocks is None:
-        return _View(
-            window_low_BT=window_low_BT,
-            begin_BT=window_low_BT,
-            end_BT=window_low_BT,
-            selected_BTZ=nothing_BTZ,
-            entries="none",
-        )
+    if sight.blocks is None or not sight.blocks.position_BS.numel():  # window only, or a row shorter than a block
+        return _View.of((window_low_BT, window_low_BT, window_low_BT, nothing_BTZ), "none")
     low_BT, high_BT = sight.blocks.low_BT.contiguous(), sight.blocks.high_BT.contiguous()
     if sight.selected_BTZ is None:
-        return _View(
-            window_low_BT=window_low_BT, begin_BT=low_BT, end_BT=high_BT, selected_BTZ=nothing_BTZ, entries="range"
-        )
+        return _View.of((window_low_BT, low_BT, high_BT, nothing_BTZ), "range")
     slot_BTZ = sight.selected_BTZ
     seen_BTZ = (slot_BTZ >= low_BT.unsqueeze(-1)) & (slot_BTZ < high_BT.unsqueeze(-1))
     count_Z = torch.arange(1, slot_BTZ.shape[-1] + 1, device=slot_BTZ.device, dtype=torch.int32)
     end_BT = (seen_BTZ * count_Z).amax(-1)
-    return _View(
-        window_low_BT=window_low_BT,
-        begin_BT=torch.zeros_like(end_BT),
-        end_BT=end_BT,
-        selected_BTZ=torch.where(seen_BTZ, slot_BTZ, -1).int(),
-        entries="picks",
-    )
+    selected_BTZ = torch.where(seen_BTZ, slot_BTZ, -1).int()
+    return _View.of((window_low_BT, torch.zeros_like(end_BT), end_BT, selected_BTZ), "picks")
 
 
 def _width(channels: int) -> int:
@@ -83,15 +78,15 @@ class _Attend(torch.autograd.Function):
         inputs = (q_BTHC, kv_BTC, entry_BSC, sink_H, *view.tensors())
         grid, sizes, tiles = _by_query(q_BTHC, entry_BSC, view, stages=2)
         attend_query.attend_forward[grid](*inputs, o_BTHC, lse_BTH, *sizes, **tiles)
-        ctx.save_for_backward(q_BTHC, kv_BTC, entry_BSC, sink_H, o_BTHC, lse_BTH)
-        ctx.view = view
+        ctx.save_for_backward(q_BTHC, kv_BTC, entry_BSC, sink_H, o_BTHC, lse_BTH, *view.tensors())
+        ctx.entries = view.entries
         ctx.mark_non_differentiable(lse_BTH)
         return o_BTHC, lse_BTH
 
     @staticmethod
     def backward(ctx: Any, grad_BTHC: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        q_BTHC, kv_BTC, entry_BSC, sink_H, o_BTHC, lse_BTH = ctx.saved_tensors
-        view: _View = ctx.view
+        q_BTHC, kv_BTC, entry_BSC, sink_H, o_BTHC, lse_BTH, *seen = ctx.saved_tensors
+        view = _View.of(seen, ctx.entries)
         grad_BTHC = grad_BTHC.contiguous()
         grad_q, mean_BTH = torch.empty_like(q_BTHC), torch.empty_like(lse_BTH)
         inputs = (q_BTHC, kv_BTC, entry_BSC, grad_BTHC, o_BTHC, lse_BTH, *view.tensors())

@@ -14,10 +14,11 @@ from torch.autograd.gradcheck import GradcheckError
 from model import attend, experts, gather, indexer, losses, mhc, sight
 from model.sight import Sight
 from model.visibility import layout
-from tests.model.mistakes import mistake
+from tests.model.mistakes import Mistake, mistake
 from tests.model.observing import Rows, pack
 
 WINDOW = 3
+BF16 = torch.bfloat16
 CLOSE = {"rtol": 1e-12, "atol": 1e-12}
 """The same sums in another order, in float64."""
 
@@ -31,6 +32,14 @@ def check(function: Callable[..., Tensor], *inputs: Tensor) -> None:
     """Compare the function's backward pass with central differences; raises GradcheckError where they differ."""
     # Of central differences in float64: the error is eps^2 times the third derivative, and 1e-16 / eps from rounding.
     torch.autograd.gradcheck(function, inputs, eps=1e-6, atol=1e-7, rtol=1e-5)
+
+
+def see(checked: Callable[[], None], wrong: Mistake, patch: pytest.MonkeyPatch) -> None:
+    """The check passes, and fails once the mistake is made."""
+    checked()
+    wrong.make(patch)
+    with pytest.raises(GradcheckError):
+        checked()
 
 
 def rows(*lengths: int, padding: int = 0) -> Rows:
@@ -212,6 +221,27 @@ def test_the_indexer_s_divergence_in_chunks(monkeypatch: pytest.MonkeyPatch) -> 
             torch.testing.assert_close(one, other, **CLOSE)
 
 
+@pytest.mark.parametrize("gather", [0, math.inf])
+def test_bf16_keys_of_the_indexer_have_gradients_summed_in_fp32(gather: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sight, "GATHER", gather)
+    T = 400
+    selected_BTZ = torch.tensor([[[0, 1] if t >= 7 else [0, -1] if t >= 3 else [-1, -1] for t in range(T)]])
+    seen = sight_of(rows(T), 4, selected_BTZ)
+    given = (random(1, T, 2, 4, seed=5), random(1, T // 4, 4, seed=6), random(1, T, 2, seed=7))
+    q_BTIJ, k_BSJ, w_BTI = (x.detach().to(dtype) for x, dtype in zip(given, (BF16, BF16, torch.float32), strict=True))
+    q_BTHC, _, entry_BSC, _ = (x.detach().float() for x in attend_inputs(T, 4))
+    target = indexer.Target(q_BTHC=q_BTHC, entry_BSC=entry_BSC, lse_BTH=torch.zeros(1, T, 2))
+    gradients = []
+    for dtype in (BF16, torch.float32):
+        key = k_BSJ.detach().to(dtype).requires_grad_()
+        index = indexer.Index(q_BTIJ=q_BTIJ, k_BSJ=key, w_BTI=w_BTI)
+        indexer.kl_sum(index, target, seen, torch.ones(1, T, dtype=torch.bool)).backward()
+        gradients.append(key.grad)
+    assert gradients[0].dtype == BF16
+    # One rounding to bf16 at the end, of up to 2^-9 of the number.
+    torch.testing.assert_close(gradients[0].float(), gradients[1], rtol=2**-8, atol=1e-6)
+
+
 WRONG = {
     "sinkhorn": (
         lambda: check(lambda x: mhc.sinkhorn(x, 2, 1e-3), random(1, 3, 3)),
@@ -242,8 +272,4 @@ WRONG = {
 
 @pytest.mark.parametrize("name", WRONG)
 def test_a_wrong_backward_pass_is_seen(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    checked, wrong = WRONG[name]
-    checked()
-    wrong.make(monkeypatch)
-    with pytest.raises(GradcheckError):
-        checked()
+    see(*WRONG[name], monkeypatch)

@@ -70,9 +70,12 @@ def test_attend(place: Place, case: str) -> None:
     assert differ(kernels, *look(place, case)) < place.limit
 
 
+@pytest.mark.parametrize("selected", [False, True])
 @pytest.mark.parametrize("length", [1, 3])
-def test_rows_shorter_than_a_block(length: int) -> None:
+def test_rows_shorter_than_a_block(length: int, selected: bool) -> None:
     seen = sight([[length]], length, 5, 4, HERE.device)
+    if selected:
+        seen = seen.restricted(torch.zeros(1, length, 0, dtype=torch.int64, device=HERE.device))
     given = inputs(HERE, seen, 2, 8)
     fixed = {"sight": seen, "entry_BSC": given["kv_BTC"][:, :0]}
     assert apart(partial(plain.attend, **fixed), partial(kernels.attend, **fixed), given) < HERE.limit
