@@ -28,6 +28,14 @@ def store_rows(ptr, row_K, value_KC, seen_K, C: tl.constexpr, CHANNELS: tl.const
 
 
 @triton.jit
+def _walk(window_low_ptr, begin_ptr, end_ptr, query, T, ENTRIES: tl.constexpr):
+    """What the query walks: first key of its window, first entry, how many keys in the window and how many in all."""
+    low, begin, end = tl.load(window_low_ptr + query), tl.load(begin_ptr + query), tl.load(end_ptr + query)
+    window = query % T + 1 - low
+    return low, begin, window, window + (0 if ENTRIES == "none" else end - begin)
+
+
+@triton.jit
 def _keys(
     kv_ptr, entry_ptr, selected_ptr, place_K, window, low, begin, count, query, T, S, Z,
     C: tl.constexpr, CHANNELS: tl.constexpr, ENTRIES: tl.constexpr,
@@ -77,9 +85,7 @@ def attend_forward(
     top_H = tl.load(sink_ptr + head_H, mask=real_H, other=0.0).to(tl.float32)
     total_H = tl.full([HEADS], 1.0, tl.float32)
     o_HC = tl.zeros([HEADS, CHANNELS], tl.float32)
-    low, begin, end = tl.load(window_low_ptr + query), tl.load(begin_ptr + query), tl.load(end_ptr + query)
-    window = query % T + 1 - low
-    count = window + (0 if ENTRIES == "none" else end - begin)
+    low, begin, window, count = _walk(window_low_ptr, begin_ptr, end_ptr, query, T, ENTRIES)
     for first in range(0, count, KEYS):
         place_K = first + tl.arange(0, KEYS)
         key_KC, seen_K = _keys(
@@ -132,9 +138,7 @@ def attend_backward_query(
     tl.store(mean_ptr + query * H + head_H, mean_H, mask=real_H)
     lse_H = tl.load(lse_ptr + query * H + head_H, mask=real_H, other=0.0)
     grad_HC = tl.zeros([HEADS, CHANNELS], tl.float32)
-    low, begin, end = tl.load(window_low_ptr + query), tl.load(begin_ptr + query), tl.load(end_ptr + query)
-    window = query % T + 1 - low
-    count = window + (0 if ENTRIES == "none" else end - begin)
+    low, begin, window, count = _walk(window_low_ptr, begin_ptr, end_ptr, query, T, ENTRIES)
     for first in range(0, count, KEYS):
         place_K = first + tl.arange(0, KEYS)
         key_KC, seen_K = _keys(
