@@ -11,7 +11,7 @@ Tensor names end in shape letters, one legend for the whole project; a letter st
 
 | source             | in words                                     | function                                         |
 | ------------------ | -------------------------------------------- | ------------------------------------------------ |
-| R 2.2              | the three mixes of an mHC site               | `model.mhc.mixes`                                |
+| R 2.2              | the three mixes of an mHC site               | `model.mhc.gates`                                |
 | R 2.2 eq. 8        | doubly stochastic; comb = B transposed       | `model.mhc.sinkhorn`                             |
 | R 2.2              | into the layer, and back into the streams    | `model.mhc.enter`, `model.mhc.expand`            |
 | R 2.3.1 eqs. 9-12  | overlapped compression, CSA                  | `model.compressor.compress_overlapped`           |

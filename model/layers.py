@@ -50,7 +50,7 @@ class _RMSNorm(torch.autograd.Function):
 def rms_normalize(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     """weight * x / sqrt(mean(x^2) + eps) over the last dim, in at least fp32; the result stays promoted.
 
-    weight: None for 1. The backward pass is by hand and keeps x only.
+    weight: None for 1. The backward pass is by hand and keeps the arguments and a number per row.
     """
     return _RMSNorm.apply(x, weight, eps)
 

@@ -12,24 +12,25 @@ from torch import Tensor
 from model.layers import at_least_fp32, inverse_rms
 
 
-def mixes(
-    x_BTND: Tensor, fn: Tensor, base: Tensor, scale: Tensor, *, iterations: int, hc_eps: float, norm_eps: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The three mixes of one mHC site, each a function of the token's own streams.
+def product_and_rms(x_BTND: Tensor, fn: Tensor, norm_eps: float) -> tuple[Tensor, Tensor]:
+    """fn x and rsqrt(mean(x^2) + norm_eps), x the N*D flat streams: the mix is one times the other.
 
-    Source: R 2.2, released code (spec 2). Math: mix = (fn x) * rsqrt(mean(x^2) + norm_eps), x the N*D flat streams;
-    pre = sigmoid(.) + hc_eps, post = 2 sigmoid(.), comb = sinkhorn(.), each of scale * mix + base.
-    Shapes: fn [(2 + N) N, N D] with rows pre, post, comb (row-major jk); base [(2 + N) N]; scale [3].
-    Returns pre_BTN, post_BTN, comb_BTNN in at least fp32.
+    Source: R 2.2, released code (spec 2). Shapes: fn [rows, N D]; the results [B, T, rows] and [B, T, 1], in at least
+    fp32.
     """
-    mix = normalized_product(x_BTND, fn, norm_eps)
-    return gates(mix, base, scale, x_BTND.shape[2], iterations, hc_eps)
+    x = at_least_fp32(x_BTND.flatten(2))
+    return x @ fn.T, inverse_rms(x, norm_eps)
 
 
 def gates(
     mix: Tensor, base: Tensor, scale: Tensor, N: int, iterations: int, hc_eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """pre, post and comb from the normalised products: what of `mixes` comes after the large product."""
+    """The three mixes of one mHC site, each a function of the token's own streams by mix, see `product_and_rms`.
+
+    Source: R 2.2, released code (spec 2). Math: pre = sigmoid(.) + hc_eps, post = 2 sigmoid(.), comb = sinkhorn(.),
+    each of scale * mix + base. Shapes: mix [B, T, (2 + N) N] in the order pre, post, comb (row-major jk);
+    base [(2 + N) N]; scale [3]. Returns pre_BTN, post_BTN, comb_BTNN in at least fp32.
+    """
     pre, post, comb = mix.split([N, N, N * N], dim=-1)
     base_pre, base_post, base_comb = base.split([N, N, N * N])
     pre_BTN = torch.sigmoid(scale[0] * pre + base_pre) + hc_eps
@@ -41,9 +42,10 @@ def gates(
 def enter(
     x_BTND: Tensor, fn: Tensor, base: Tensor, scale: Tensor, *, iterations: int, hc_eps: float, norm_eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """One site up to its layer: `mixes`, then `collapse` by pre. Returns u_BTD, post_BTN, comb_BTNN.
+    """One site up to its layer: `gates` of the normalised streams, then `collapse` by pre.
 
-    The backward pass is by hand: it goes over the streams three times and keeps nothing of their size but themselves.
+    Shapes: fn [(2 + N) N, N D], others as in `gates`. Returns u_BTD, post_BTN, comb_BTNN. The backward pass is by hand:
+    it goes over the streams three times and keeps nothing of their size but themselves.
     """
     return _Enter.apply(x_BTND, fn, base, scale, iterations, hc_eps, norm_eps)
 
@@ -54,8 +56,7 @@ class _Enter(torch.autograd.Function):
         ctx: Any, x_BTND: Tensor, fn: Tensor, base: Tensor, scale: Tensor, iterations: int, hc_eps: float, eps: float
     ) -> tuple[Tensor, Tensor, Tensor]:
         ctx.sizes = (x_BTND.shape[2], iterations, hc_eps)
-        x = at_least_fp32(x_BTND.flatten(2))
-        product, rms_inverse = x @ fn.T, inverse_rms(x, eps)
+        product, rms_inverse = product_and_rms(x_BTND, fn, eps)
         pre_BTN, post_BTN, comb_BTNN = gates(product * rms_inverse, base, scale, *ctx.sizes)
         ctx.save_for_backward(x_BTND, fn, base, scale, product, rms_inverse)
         return collapse(x_BTND, pre_BTN), post_BTN, comb_BTNN
@@ -78,18 +79,12 @@ class _Enter(torch.autograd.Function):
         return grad_x.to(x_BTND.dtype), grad_fn, grad_base, grad_scale, None, None, None
 
 
-def normalized_product(x_BTND: Tensor, fn: Tensor, norm_eps: float) -> Tensor:
-    """(fn x) / rms(x) over the flat streams: a weight-less RMSNorm applied after the product. Returns [B, T, rows]."""
-    x = at_least_fp32(x_BTND.flatten(2))
-    return (x @ fn.T) * inverse_rms(x, norm_eps)
-
-
 def sinkhorn(logits: Tensor, iterations: int, eps: float) -> Tensor:
     """Towards a doubly stochastic matrix: softmax over the last axis, then columns and rows in turn.
 
     Source: R 2.2 eq. 8, released code. The first of `iterations` rounds is the softmax and one division by the sums
     over the first axis; each other divides by the sums over the last axis, then over the first. eps is added to the
-    softmax and to every sum. Shapes: [..., N, N], orientation jk as in `mixes`. The backward pass is by hand: it keeps
+    softmax and to every sum. Shapes: [..., N, N], orientation jk as in `gates`. The backward pass is by hand: it keeps
     the logits only and goes through the rounds again.
     """
     return _Sinkhorn.apply(logits, iterations, eps)
@@ -174,5 +169,5 @@ class _Expand(torch.autograd.Function):
 
 def head(x_BTND: Tensor, fn: Tensor, base: Tensor, scale: Tensor, *, hc_eps: float, norm_eps: float) -> Tensor:
     """The last collapse before the final norm: only the `pre` part, with its own fn [N, N D], base [N], scale [1]."""
-    mix = normalized_product(x_BTND, fn, norm_eps)
-    return collapse(x_BTND, torch.sigmoid(scale * mix + base) + hc_eps)
+    product, rms_inverse = product_and_rms(x_BTND, fn, norm_eps)
+    return collapse(x_BTND, torch.sigmoid(scale * (product * rms_inverse) + base) + hc_eps)

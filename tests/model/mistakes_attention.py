@@ -30,10 +30,7 @@ MHC = {
     "comb's gradient transposed": mistake(
         "mhc._Expand.backward", ("torch.matmul(comb_BTNN, grad)", "torch.matmul(comb_BTNN.mT, grad)")
     ),
-    "streams not normalised at the end": mistake(
-        "mhc.normalized_product",
-        (" * inverse_rms(x, norm_eps)", ""),
-    ),
+    "streams not normalised at the end": mistake("mhc.head", ("(product * rms_inverse)", "product")),
     "last collapse without eps": mistake("mhc.head", ("+ base) + hc_eps", "+ base)")),
     "sinkhorn backward without the divisor's gradient": mistake(
         "mhc._Sinkhorn.backward", ("(grad_NNP - mean)", "grad_NNP.clone()")

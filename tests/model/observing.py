@@ -127,9 +127,10 @@ def observe(
 
 def mixes_of(block: Block, x_BTND: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """pre, post and comb of a block's attention site."""
-    config, weights = block.config, (block.hc_attn_fn, block.hc_attn_base, block.hc_attn_scale)
-    constants = {"iterations": config.hc_sinkhorn_iters, "hc_eps": config.hc_eps, "norm_eps": config.rms_norm_eps}
-    return mhc.mixes(x_BTND, *weights, **constants)
+    config = block.config
+    product, rms_inverse = mhc.product_and_rms(x_BTND, block.hc_attn_fn, config.rms_norm_eps)
+    constants = config.hc_mult, config.hc_sinkhorn_iters, config.hc_eps
+    return mhc.gates(product * rms_inverse, block.hc_attn_base, block.hc_attn_scale, *constants)
 
 
 def mtp_inside(document_BT: Tensor) -> Tensor:
