@@ -43,10 +43,11 @@ def prefill(
     """A new cache after the prompts, and logits_BV (at least fp32) of the token after each.
 
     token_BT: int64, row b's prompt in its first lengths[b] >= 1 places, any ids behind it. limit: the most tokens a
-    row will have. mode: other than sparse attends to every visible entry. Raises ValueError if limit is too long.
+    row will have, at least T. mode: other than sparse attends to every visible entry. Raises ValueError if limit is too
+    long.
     """
     assert min(lengths) >= 1
-    assert max(lengths) <= min(token_BT.shape[1], limit)
+    assert max(lengths) <= token_BT.shape[1] <= limit
     cache = allocate(model.config, len(token_BT), limit, mode, model.dtype, token_BT.device)
     cache.lengths = tuple(lengths)
     length_B = lengths_tensor(lengths, token_BT.device)
