@@ -18,6 +18,7 @@ from trainer import probe
 from trainer.config import Recomputed
 from trainer.parallel.recompute import apply_recompute
 from trainer.probe import Pass
+from trainer.report import health
 from trainer.row import pick
 
 BATCH = steps.make_batch()
@@ -133,6 +134,20 @@ def test_columns_are_nearer_to_1_than_rows(model: Transformer, mode: str) -> Non
     """Sinkhorn divides by the columns last; after three rounds rows are visibly off."""
     found = probe.measure(watch(model, mode=mode))
     assert found["mhc/col_sum_error"] < 1e-5 < found["mhc/row_sum_error"] < 1
+
+
+def test_the_verdict_s_limits_part_what_20_rounds_leave_from_too_few_and_from_the_wrong_axis() -> None:
+    """Over very sharp mixes: every 4 x 4 matrix of logits 0 and 40, and random logits of standard deviation 10."""
+    corner_PNN = 40.0 * ((torch.arange(2**16).unsqueeze(1) >> torch.arange(16)) & 1).unflatten(1, (4, 4))
+    random_PNN = 10 * torch.randn(2**16, 4, 4, generator=torch.Generator().manual_seed(1))
+    logits_PNN = torch.cat([corner_PNN, random_PNN])
+    row, column = probe.stochastic_errors(mhc.sinkhorn(logits_PNN, 20, 1e-6)).tolist()
+    assert 0.08 < row < health.ROW_LOOK
+    assert column < 1e-5 < health.COLUMN_LOOK
+    too_few = probe.stochastic_errors(mhc.sinkhorn(logits_PNN, 10, 1e-6)).tolist()
+    assert too_few[0] > health.ROW_LOOK
+    transposed = probe.stochastic_errors(mhc.sinkhorn(logits_PNN, 20, 1e-6).transpose(1, 2)).tolist()
+    assert transposed[1] > health.COLUMN_LOOK
 
 
 @pytest.mark.parametrize("limit", [1e-3, 1e-2, 10.0])
