@@ -28,6 +28,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from launch import schema
 from trainer.config import TrainConfig
+from trainer.leaves import flatten
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 PRIMARY = "train"
@@ -58,7 +59,7 @@ def compose(overrides: Sequence[str], configs: Path = CONFIGS) -> Composition:
     values = _plain(tree)
     origin = {
         leaf: COMMAND_LINE if any(_within(leaf, key) or _within(key, leaf) for key in touched) else origin[leaf]
-        for leaf in schema.flatten(values)
+        for leaf in flatten(values)
     }
     return Composition(config=validate(values), origin=origin)
 
@@ -78,7 +79,7 @@ def choices(group: str, configs: Path = CONFIGS) -> list[str]:
 
 def validate(values: Mapping[str, Any]) -> TrainConfig:
     """Plain nested values to a TrainConfig: no unknown key, no conversion but integer to number and list to tuple."""
-    for key, value in schema.flatten(values).items():
+    for key, value in flatten(values).items():
         if value == MISSING:
             raise ValueError(f"{key} = {MISSING}: expected a value: {_expected(key.split('.'))}")
         _require(not isinstance(value, float) or math.isfinite(value), key, value, "a finite number")
@@ -132,7 +133,7 @@ def _touched(override: Override) -> set[str]:
     key, value = override.key_or_group, override.value()
     if override.type is OverrideType.DEL:
         return set()
-    return set(schema.flatten(value, f"{key}.")) if isinstance(value, Mapping) and value else {key}
+    return set(flatten(value, f"{key}.")) if isinstance(value, Mapping) and value else {key}
 
 
 def _merge_files(choice_texts: list[str], configs: Path) -> tuple[DictConfig, dict[str, str]]:
@@ -159,7 +160,7 @@ def _merge_files(choice_texts: list[str], configs: Path) -> tuple[DictConfig, di
             content = {name: value for name, value in _load(file).items() if name != "defaults"}
             prefix = f"{entry.package}." if entry.package else ""
             shown = f"{configs.name}/{entry.config_path}.yaml"
-            origin |= dict.fromkeys(schema.flatten(content, prefix), shown)
+            origin |= dict.fromkeys(flatten(content, prefix), shown)
     OmegaConf.set_struct(tree, False)
     return tree, origin
 
@@ -196,7 +197,7 @@ def _plain(tree: DictConfig) -> dict[str, Any]:
     try:
         return _container(tree, resolve=True)
     except OmegaConfBaseException as error:
-        text = schema.flatten(_container(tree)).get(str(error.full_key))
+        text = flatten(_container(tree)).get(str(error.full_key))
         raise ValueError(
             f"{error.full_key} = {schema.show(text)}: expected an interpolation that can be resolved; "
             f"{schema.show(str(error).splitlines()[0])}"

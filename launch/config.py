@@ -20,6 +20,7 @@ keel config cp RECIPE NEW
   show    the whole configuration of these overrides; --origin says where each value was set
   diff    the keys in which two differ; A and B are recipes, run folders or config.yaml files
   cp      copy configs/recipe/RECIPE.yaml to NEW.yaml beside it, to be edited and used as recipe=NEW
+  --json  the same as JSON
 """
 ORIGIN_COLUMN = 60
 
@@ -52,15 +53,16 @@ def _show(words: Sequence[str], flags: Mapping[str, Any]) -> None:
     from launch import schema
     from launch.compose import compose
     from trainer.config import TrainConfig
+    from trainer.leaves import flatten
 
     composition = compose(words)
     tree = asdict(composition.config)
     origin = {
         key: composition.origin.get(key) or f"default ({schema.owner_file(TrainConfig, key.split('.'))})"
-        for key in schema.flatten(tree)
+        for key in flatten(tree)
     }
     if flags["--json"] and flags["--origin"]:
-        leaves = {key: {"value": value, "origin": origin[key]} for key, value in schema.flatten(tree).items()}
+        leaves = {key: {"value": value, "origin": origin[key]} for key, value in flatten(tree).items()}
         print(json.dumps(leaves, indent=2))
     elif flags["--json"]:
         print(json.dumps(tree, indent=2))
@@ -69,13 +71,13 @@ def _show(words: Sequence[str], flags: Mapping[str, Any]) -> None:
 
 
 def _diff(words: Sequence[str], flags: Mapping[str, Any]) -> None:
-    from launch import schema
+    from trainer.leaves import flatten
 
     if len(words) != 2:
         raise ValueError(
             f"keel config diff = {' '.join(words)}: expected two recipes, run folders or config.yaml files"
         )
-    first, second = (schema.flatten(asdict(_configuration(word))) for word in words)
+    first, second = (flatten(asdict(_configuration(word))) for word in words)
     keys = [key for key in {**first, **second} if first.get(key) != second.get(key)]
     if flags["--json"]:
         print(json.dumps({key: [first.get(key), second.get(key)] for key in keys}, indent=2))

@@ -23,6 +23,7 @@ import yaml
 
 from trainer import durable, journal, redact
 from trainer.config import check_name
+from trainer.leaves import flatten
 from trainer.provenance import Commit
 
 FINISHED = "finished"
@@ -100,8 +101,8 @@ class RunFolder:
 
     def changed_keys(self, config: Mapping[str, Any]) -> list[str]:
         """Where a resolved configuration differs from the one the run was created with: "KEY was VALUE, is VALUE"."""
-        saved = _leaves(yaml.safe_load((self.path / "config.yaml").read_text()))
-        now = _leaves(redact.values(config))
+        saved = _lines(yaml.safe_load((self.path / "config.yaml").read_text()))
+        now = _lines(redact.values(config))
         keys = [key for key in (saved | now) if saved.get(key, _ABSENT) != now.get(key, _ABSENT)]
         return [f"{key} was {saved.get(key, _ABSENT)}, is {now.get(key, _ABSENT)}" for key in keys]
 
@@ -202,14 +203,14 @@ def find_unfinished(runs_dir: Path, name: str, config_identity: str) -> RunFolde
     return None
 
 
-def _leaves(tree: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+def _lines(tree: Mapping[str, Any]) -> dict[str, str]:
     """Every value of nested sections as one line of YAML, by its dotted key."""
-    found: dict[str, str] = {}
-    for key, value in tree.items():
-        nested = isinstance(value, Mapping) and value
-        line = yaml.safe_dump(value, default_flow_style=True, width=10**6, allow_unicode=True).removesuffix("\n...\n")
-        found |= _leaves(value, f"{prefix}{key}.") if nested else {f"{prefix}{key}": line.strip()}
-    return found
+    return {key: _line(value) for key, value in flatten(tree).items()}
+
+
+def _line(value: Any) -> str:
+    text = yaml.safe_dump(value, default_flow_style=True, width=10**6, allow_unicode=True)
+    return text.removesuffix("\n...\n").strip()
 
 
 def _free_path(runs_dir: Path, name: str) -> Path:

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from launch import schema
 from launch.compose import COMMAND_LINE, CONFIGS, choices, compose, read, validate
 from launch.config import render
+from trainer.leaves import flatten
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -43,7 +43,7 @@ ROOT = Path(__file__).resolve().parents[2]
     ],
 )
 def test_any_key_can_be_overridden(overrides: list[str], key: str, value: object) -> None:
-    assert schema.flatten(asdict(compose(overrides).config))[key] == value
+    assert flatten(asdict(compose(overrides).config))[key] == value
 
 
 def test_integers_serve_as_numbers_and_nothing_else_is_converted() -> None:
@@ -77,7 +77,7 @@ def test_every_value_tells_where_it_came_from() -> None:
 
 def test_origins_cover_what_the_files_spell_and_no_more() -> None:
     composition = compose([])
-    leaves = schema.flatten(asdict(composition.config))
+    leaves = flatten(asdict(composition.config))
     assert set(composition.origin) <= set(leaves)
     assert all((ROOT / file).is_file() for file in composition.origin.values())
 

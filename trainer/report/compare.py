@@ -7,12 +7,12 @@ from dataclasses import replace
 from html import escape
 from typing import Any
 
+from trainer.leaves import flatten
 from trainer.report import curves, speed
 from trainer.report.charts import Axis, Chart, Line, figure
 from trainer.report.numbers import Points, at, short
 from trainer.report.page import document, section, verdict_cards
 from trainer.report.read import Run
-from trainer.report.tables import flatten
 from trainer.report.verdicts import verdicts
 
 _LOW: dict[str, Any] = {"height": 84, "note": "", "log": False, "zero": False, "crop": False}

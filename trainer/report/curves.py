@@ -38,19 +38,13 @@ def learning_charts(run: Run) -> list[Chart]:
             title="Bits per byte",
             unit="next-token loss per byte of text",
             crop=True,
-            lines=[
-                *smoothed(run, "training", "loss/bits_per_byte", 1),
-                Line(label="held out", points=run.series("validation/bits_per_byte"), colour=2, kind="dots"),
-            ],
+            lines=_both(run, "loss/bits_per_byte", "validation/bits_per_byte"),
         ),
         Chart(
             title="MTP loss",
             unit="nats per target",
             crop=True,
-            lines=[
-                *smoothed(run, "training", "loss/mtp", 1),
-                Line(label="held out", points=run.series("validation/mtp_loss"), colour=2, kind="dots"),
-            ],
+            lines=_both(run, "loss/mtp", "validation/mtp_loss"),
         ),
         Chart(
             title="Loss by source",
@@ -67,10 +61,7 @@ def learning_charts(run: Run) -> list[Chart]:
             title="Indexer loss",
             unit="KL to the dense attention, nats",
             zero=True,
-            lines=[
-                *smoothed(run, "training", "loss/indexer", 1),
-                Line(label="held out", points=run.series("indexer/kl_nats"), colour=2, kind="dots"),
-            ],
+            lines=_both(run, "loss/indexer", "indexer/kl_nats"),
         ),
         Chart(
             title="Indexer recall",
@@ -91,10 +82,7 @@ def chart_of_losses(run: Run) -> Chart:
     return Chart(
         title="Loss",
         unit="nats per target",
-        lines=[
-            *smoothed(run, "training", "loss/lm", 1),
-            Line(label="held out", points=run.series("validation/loss"), colour=2, kind="dots"),
-        ],
+        lines=_both(run, "loss/lm", "validation/loss"),
         levels=[(bigram, f"{bigram:.2f} bigram")] if bigram is not None else [],
         height=280,
         crop=True,
@@ -152,6 +140,12 @@ def is_zero(chart: Chart) -> bool:
     return bool(values) and not any(values)
 
 
+def _both(run: Run, training: str, held_out: str) -> list[Line]:
+    """A metric of the steps, and the same on held-out rows as dots."""
+    dots = Line(label="held out", points=run.series(held_out), colour=2, kind="dots")
+    return [*smoothed(run, "training", training, 1), dots]
+
+
 def _routing_charts(run: Run) -> list[Chart]:
     experts = run.config["model"]["n_routed_experts"]
     low, high = run.series("router/bias_min"), run.series("router/bias_max")
@@ -159,10 +153,7 @@ def _routing_charts(run: Run) -> list[Chart]:
         Chart(
             title="Fullest expert",
             unit="tokens over the mean, mean of learned layers",
-            lines=[
-                *smoothed(run, "training", "router/load_max_ratio", 1),
-                Line(label="held out", points=run.series("validation/load_max_ratio"), colour=2, kind="dots"),
-            ],
+            lines=_both(run, "router/load_max_ratio", "validation/load_max_ratio"),
             levels=[(1.0, "balanced")],
         ),
         Chart(

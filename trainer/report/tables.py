@@ -6,6 +6,7 @@ from html import escape
 from itertools import groupby
 from typing import Any
 
+from trainer.leaves import flatten
 from trainer.report.charts import Axis
 from trainer.report.numbers import percent, short, tick
 from trainer.report.read import Run
@@ -85,17 +86,6 @@ def samples(run: Run) -> str:
         f"<h3>{escape(name.removesuffix('.txt'))}</h3><pre>{escape(text)}</pre>"
         for name, text in reversed(list(run.samples.items()))
     )
-
-
-def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Leaves of nested sections by dotted key."""
-    leaves: dict[str, Any] = {}
-    for key, value in tree.items():
-        if isinstance(value, Mapping) and value:
-            leaves |= flatten(value, f"{prefix}{key}.")
-        else:
-            leaves[f"{prefix}{key}"] = value
-    return leaves
 
 
 def set_by(key: str, overrides: Sequence[str]) -> str | None:

@@ -112,7 +112,7 @@ def _beside(run: Run, name: str) -> str:
     """What belongs to a curve and is too little for a line of its own."""
     if name == "validation/loss" and (bits := run.last("validation/bits_per_byte")) is not None:
         return f", {bits:.3f} bits per byte"
-    if name == "indexer/kl_nats" and (recall := run.last("indexer/recall")) is not None:
+    if name == "loss/indexer" and (recall := run.last("indexer/recall")) is not None:
         return f", recall {recall:.2f}"
     return ""
 

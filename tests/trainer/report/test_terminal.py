@@ -35,6 +35,13 @@ def test_a_running_run_tells_what_is_done_and_what_is_left() -> None:
     assert "\033" not in said
 
 
+def test_what_is_too_little_for_a_line_stands_beside_its_curve() -> None:
+    said = terminal.view(made_up.run(), colours=False)
+    for label, beside in (("held out", "nats, 1.570 bits per byte"), ("indexer", "nats, recall 0.80")):
+        (line,) = (line for line in said.splitlines() if line.strip().startswith(label))
+        assert line.endswith(beside)
+
+
 def test_colours_change_nothing_but_colours() -> None:
     plain, coloured = (terminal.view(half(), colours=colours) for colours in (False, True))
     assert "\033[32m" in coloured
