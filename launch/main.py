@@ -1,7 +1,8 @@
 """`keel VERB ...`: find the verb, run it, turn what a user can cause into one line and an exit code.
 
 Importing this file and the verbs needs nothing but the standard library, so that help works before any set-up.
-Exit codes: 0 done, 2 something a user got wrong, 130 interrupted; anything else is the verb's own or a bug's traceback.
+Exit codes: 0 done, 1 a run that failed, 2 something a user got wrong, 130 and 143 stopped by Ctrl-C or SIGTERM; all
+else is the verb's own or a bug's traceback.
 """
 
 import difflib
@@ -84,7 +85,8 @@ def _help() -> str:
             "",
             *lines,
             "",
-            "keel VERB --help explains a verb. Exit codes: 0 done, 2 a mistake in what was asked, 130 interrupted.",
+            "keel VERB --help explains a verb. Exit codes: 0 done, 1 a run that failed, 2 a mistake in what was asked,",
+            "130 and 143 stopped by Ctrl-C or SIGTERM.",
         ]
     )
 

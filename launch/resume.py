@@ -10,7 +10,8 @@ keel resume RUN [--allow-changes [KEY=VALUE ...]]
 {HELP}.
 
   RUN                a run's folder, or its name under runs/
-  --allow-changes    go on although something differs that may change the bits: versions, threads, or overrides
+  --allow-changes    go on although something differs that may change the bits: versions, device, kernels, data,
+                     or overrides
   KEY=VALUE          overrides of the run's own configuration
 """
 

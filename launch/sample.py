@@ -61,8 +61,12 @@ def main(argv: list[str]) -> int:
 
 
 def stream(pieces: "Iterable[Piece]", rows: int) -> None:
-    """Print the first row as it comes; each other is held until the row before has ended, then goes on as it comes."""
+    """Print the first row as it comes; each other is held until the row before has ended, then goes on as it comes.
+
+    Of several rows each has a line "--- 1 of 3" above it.
+    """
     held, ended, now = [""] * rows, set[int](), 0
+    print(_border(now, rows), end="")
     for piece in pieces:
         held[piece.row] += piece.text
         ended |= {piece.row} if piece.last else set()
@@ -78,4 +82,7 @@ def stream(pieces: "Iterable[Piece]", rows: int) -> None:
 
 
 def _border(row: int, rows: int) -> str:
-    return f"\n--- {row + 1} of {rows}\n"
+    """The line above each of several texts; a single one stands alone."""
+    if rows == 1:
+        return ""
+    return ("\n" if row else "") + f"--- {row + 1} of {rows}\n"

@@ -115,7 +115,7 @@ def test_several_prompts_are_written_one_below_the_other(
 ) -> None:
     assert main(["sample", "debug-1234", "--prompt", "a", "--prompt=b", "--prompt", ""]) == 0
     assert calls[0][0][2] == ["a", "b", ""]
-    assert capsys.readouterr().out == "one two\n--- 2 of 3\none two\n--- 3 of 3\none two\n"
+    assert capsys.readouterr().out == "--- 1 of 3\none two\n--- 2 of 3\none two\n--- 3 of 3\none two\n"
 
 
 def test_a_text_is_printed_as_it_comes_once_those_before_have_ended(capsys: pytest.CaptureFixture[str]) -> None:
@@ -131,7 +131,7 @@ def test_a_text_is_printed_as_it_comes_once_those_before_have_ended(capsys: pyte
         ):
             yield SimpleNamespace(row=row, text=text, last=last)
             printed.append(capsys.readouterr().out)
-            assert "".join(printed) == shown
+            assert "".join(printed) == "--- 1 of 3\n" + shown
 
     printed: list[str] = []
     stream(told(), 3)
