@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import report
+from launch.device import prepare
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -90,7 +91,8 @@ def place(description: str | None) -> Place:
             parser.error("--device cpu: expected --quick with it; real sizes are for a GPU")
         os.environ["TRITON_INTERPRET"] = "1"
         torch.set_num_threads(1)
-    # cuBLAS must not choose its order of sums by itself, nor TF32 for what is meant to be fp32.
+    prepare(given.device)
+    # No TF32 for what is meant to be fp32.
     torch.backends.cuda.matmul.allow_tf32 = False
     return Place(
         device=torch.device(given.device), quick=given.quick, repetitions=1 if given.quick else given.repetitions

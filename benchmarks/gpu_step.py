@@ -4,8 +4,9 @@
 
 The slice has V4-Flash's widths, a window, two CSA and two HCA layers, 32 of 256 experts, no MTP, a vocabulary of 16384;
 bf16. A step is forward and backward of one row of one document with all losses, sparse attention, each layer computed
-again in the backward pass ("block"); it is run with the Triton kernels, with plain functions, and by transformers'
-`deepseek_v4` with its own loss, without recomputation and without the indexer's KL, where that is installed.
+again in the backward pass ("block"), by deterministic algorithms; it is run with the Triton kernels, with plain
+functions, and by transformers' `deepseek_v4` with its own loss, without recomputation, without the indexer's KL and
+with any algorithm, where that is installed.
 
 "used" is `model.count.training_flops` (no recomputation in it) over the time and the measured bf16 rate. Memory is the
 largest allocated. What runs out of memory says so; what fails is named with its error, the rest goes on, and the exit
@@ -27,6 +28,7 @@ import torch
 from torch.nn import functional as F
 
 from benchmarks import gpu, report
+from benchmarks.newton_schulz import iterations_flop
 from data.batch import Batch
 from launch.compose import compose
 from model.config import InitConfig, ModelConfig
@@ -37,11 +39,13 @@ from model.names import logical_tensors
 from model.transformer import Transformer
 from optim.config import OptimConfig
 from optim.groups import Member
-from optim.newton_schulz import COEFFICIENTS
 from optim.optimizer import Optimizer
 from trainer import row
+from trainer.build import members
+from trainer.device import settle
 from trainer.parallel.apply import apply_kernels
 from trainer.parallel.recompute import apply_recompute
+from trainer.pool import view_of
 
 LENGTHS = (4096, 16384, 65536)
 RATIOS = (0, 4, 128, 4, 128)
@@ -56,7 +60,9 @@ COLUMNS = ("row", "who", "step ms", "tokens/s", "used", "peak GiB")
 def main() -> int:
     """Print ceilings, then steps by row length and implementation, then Muon; 1 if one failed."""
     where = gpu.place(__doc__)
-    flash = compose(["recipe=flash"]).config.model
+    recipe = compose(["recipe=flash", f"device={where.device.type}"]).config
+    settle(recipe)
+    flash = recipe.model
     config, lengths = (_tiny(flash), (32, 64)) if where.quick else (_slice(flash), LENGTHS)
     found = gpu.ceilings(where)
     torch.manual_seed(0)
@@ -127,6 +133,7 @@ Line = tuple[tuple[str, ...], float | None]
 def _steps(model: Transformer, T: int, where: gpu.Place, found: gpu.Ceilings) -> Iterator[Line]:
     flop = training_flops(model.config, T, "sparse").total
     for who, make in {"triton": _ours, "plain": _ours, "transformers": _theirs}.items():
+        torch.set_deterministic_debug_mode("default" if who == "transformers" else "error")
         if who == "transformers" and importlib.util.find_spec("transformers") is None:
             yield (f"{T}", who, "not installed", "-", "-", "-"), None
             continue
@@ -156,10 +163,7 @@ def _measure(prepare: Callable[[], Callable[[], object]], where: gpu.Place) -> t
 
 
 def _ours(model: Transformer, who: str, T: int, where: gpu.Place) -> Callable[[], object]:
-    view = Transformer(model.config, model.dtype)
-    view.load_state_dict(model.state_dict(), assign=True)
-    for theirs, ours in zip(view.parameters(), model.parameters(), strict=True):
-        theirs.data = ours.data
+    view = view_of(model)
     apply_kernels(view, "triton" if who == "triton" else "off")
     apply_recompute(view, ("block",))
     batch = _batch(model.config, T, where)
@@ -198,22 +202,19 @@ def _batch(config: ModelConfig, T: int, where: gpu.Place) -> Batch:
     )
 
 
-def _members(config: ModelConfig, prefix: str = "") -> list[Member]:
-    return [
-        Member(name=one.name, parameter=one.parameter, start=one.start, stop=one.stop, kind=one.kind, group=one.group)
-        for one in logical_tensors(config)
-        if one.kind == "matrix" and one.parameter.startswith(prefix)
-    ]
+def _matrices(config: ModelConfig, prefix: str = "") -> list[Member]:
+    logicals = logical_tensors(config)
+    return members(one for one in logicals if one.kind == "matrix" and one.parameter.startswith(prefix))
 
 
 def _muon(model: Transformer, where: gpu.Place) -> float | str:
     """Seconds of an optimizer step on the matrices of one layer, or why there are none."""
 
     def prepare() -> Callable[[], object]:
-        members, parameters = _members(model.config, LAYER), dict(model.named_parameters())
-        weights = {member.parameter: parameters[member.parameter].detach() for member in members}
+        matrices, parameters = _matrices(model.config, LAYER), dict(model.named_parameters())
+        weights = {member.parameter: parameters[member.parameter].detach() for member in matrices}
         gradients = {name: torch.randn_like(weight, dtype=torch.float32) for name, weight in weights.items()}
-        optimizer = Optimizer(weights, members, OptimConfig())
+        optimizer = Optimizer(weights, matrices, OptimConfig())
         return lambda: optimizer.step(gradients, rate=1e-4)
 
     measured = _measure(prepare, where)
@@ -221,15 +222,14 @@ def _muon(model: Transformer, where: gpu.Place) -> float | str:
 
 
 def _muon_flop(config: ModelConfig, prefix: str = "") -> int:
-    """Ten iterations for every logical matrix [R, C], R the smaller side: 2 (R R C + R R R + R R C) each."""
+    """Newton-Schulz of every logical matrix."""
     with torch.device("meta"):
         shapes = {name: parameter.shape for name, parameter in Transformer(config).named_parameters()}
     total = 0
-    for member in _members(config, prefix):
+    for member in _matrices(config, prefix):
         shape = shapes[member.parameter]
         sides = shape[1:] if len(shape) == 3 else (member.stop - member.start, *shape[1:])
-        R, C = sorted(sides)
-        total += len(COEFFICIENTS) * 2 * (2 * R * R * C + R**3)
+        total += iterations_flop(*sides)
     return total
 
 

@@ -90,7 +90,8 @@ def main() -> None:
     print(report.table([("T", *who, "keel / transformers"), *(_speeds(T, found[T], who) for T in lengths)]))
     print("\nMiB above the model's own")
     print(report.table([("T", *who, "keel / transformers"), *(_memories(T, found[T], who) for T in lengths)]))
-    rate = _product_rate()
+    torch.set_num_threads(2)
+    rate = product_rate(1024)
     print(f"\nfloor: model FLOP (matrix products) over the product rate of two threads, {rate / 1e9:.0f} GFLOP/s")
     print(report.table([("T", "GFLOP", "floor s", "keel s", "share"), *(_floor(T, found[T], rate) for T in lengths)]))
 
@@ -176,13 +177,12 @@ def _memories(T: int, found: dict[str, tuple[float, float]], who: Sequence[str])
     return (f"{T}", *(f"{found[name][1]:,.0f}" if name in found else "-" for name in who), ratio)
 
 
-def _product_rate() -> float:
-    """FLOP per second of a product of 1024 x 1024 matrices on two threads, the best of a second."""
-    torch.set_num_threads(2)
-    a, seconds, begun = torch.ones(1024, 1024), [], time.perf_counter()
+def product_rate(side: int) -> float:
+    """FLOP per second of a product of fp32 square matrices on torch's threads, the best of a second."""
+    a, seconds, begun = torch.ones(side, side), [], time.perf_counter()
     while time.perf_counter() - begun < 1:
         seconds.append(report.timed(lambda: a @ a))
-    return 2 * 1024**3 / min(seconds)
+    return 2 * side**3 / min(seconds)
 
 
 def _floor(T: int, found: dict[str, tuple[float, float]], rate: float) -> tuple[str, ...]:

@@ -17,7 +17,6 @@ all losses, sparse attention; "share" is Muon's part of a step of --rows such ro
 """
 
 import argparse
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -25,6 +24,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import model_cpu, report
+from benchmarks.newton_schulz import iterations_flop
 from data.batch import Batch
 from launch.compose import compose
 from model.config import InitConfig, ModelConfig
@@ -34,9 +34,9 @@ from model.names import logical_tensors
 from model.transformer import Transformer
 from optim.config import MuonConfig, OptimConfig
 from optim.groups import Member
-from optim.newton_schulz import COEFFICIENTS
 from optim.optimizer import Optimizer
 from trainer import row
+from trainer.build import members
 
 MODELS: dict[str, tuple[Callable[[int], ModelConfig], int]] = {
     "debug": (lambda T: compose(["recipe=debug"]).config.model, 512),
@@ -68,7 +68,7 @@ def main() -> None:
     torch.set_num_threads(1)
     models, repetitions = (["debug"], 1) if given.quick else (given.models, given.repetitions)
     lengths = {name: QUICK_LENGTH if given.quick else MODELS[name][1] for name in models}
-    rate = _product_rate()
+    rate = model_cpu.product_rate(512)
     rows = [_row(name, lengths[name], given.rows, rate, repetitions) for name in models]
     shapes = ", ".join(f"{name} with rows of {lengths[name]}" for name in models)
     print(report.heading("benchmarks.muon", f"{shapes}; medians of {repetitions} repetitions"))
@@ -89,7 +89,7 @@ def _row(name: str, length: int, rows: int, rate: float, repetitions: int) -> tu
     for action in actions.values():
         action()
     seconds = report.interleaved(actions | {"row": pass_of_a_row}, repetitions)
-    floor = sum(map(_flop, matrices)) / rate
+    floor = sum(iterations_flop(*matrix.weight.shape) for matrix in matrices) / rate
     times = [seconds["keel"], seconds["torch 10"], seconds["torch 5"], floor, seconds["row"]]
     million = sum(matrix.weight.numel() for matrix in matrices) / 1e6
     share = seconds["keel"] / (seconds["keel"] + rows * seconds["row"])
@@ -118,11 +118,7 @@ def _pass(model: Transformer, length: int) -> Callable[[], object]:
 
 
 def _members(model: Transformer) -> list[Member]:
-    return [
-        Member(name=one.name, parameter=one.parameter, start=one.start, stop=one.stop, kind=one.kind, group=one.group)
-        for one in logical_tensors(model.config)
-        if one.kind == "matrix"
-    ]
+    return members(one for one in logical_tensors(model.config) if one.kind == "matrix")
 
 
 def _matrices(model: Transformer) -> list[Matrix]:
@@ -137,11 +133,11 @@ def _matrices(model: Transformer) -> list[Matrix]:
 
 
 def _keel(model: Transformer) -> Callable[[], object]:
-    members, parameters = _members(model), dict(model.named_parameters())
-    names = {member.parameter for member in members}
+    matrices, parameters = _members(model), dict(model.named_parameters())
+    names = {member.parameter for member in matrices}
     weights = {name: parameters[name].detach().clone() for name in names}
     gradients = {name: parameters[name].grad.clone() for name in names}
-    optimizer = Optimizer(weights, members, OptimConfig(muon=MuonConfig(update_rms=UPDATE_RMS)))
+    optimizer = Optimizer(weights, matrices, OptimConfig(muon=MuonConfig(update_rms=UPDATE_RMS)))
     return lambda: optimizer.step(gradients, rate=RATE)
 
 
@@ -153,20 +149,6 @@ def _torch(matrices: Sequence[Matrix], iterations: int) -> Callable[[], object]:
         parameters, lr=RATE, weight_decay=0.1, momentum=0.95, ns_steps=iterations, adjust_lr_fn="match_rms_adamw"
     )
     return optimizer.step
-
-
-def _flop(matrix: Matrix) -> int:
-    """Ten times X X^T, its square, and the product of the two, for X with the smaller side first."""
-    R, C = sorted(matrix.weight.shape)
-    return len(COEFFICIENTS) * 2 * (R * R * C + R * R * R + R * R * C)
-
-
-def _product_rate() -> float:
-    """FLOP per second of a product of 512 x 512 matrices on one thread, the best of half a second."""
-    a, seconds, begun = torch.ones(512, 512), [], time.perf_counter()
-    while time.perf_counter() - begun < 0.5:
-        seconds.append(report.timed(lambda: a @ a))
-    return 2 * 512**3 / min(seconds)
 
 
 def _values() -> list[tuple[str, ...]]:

@@ -43,13 +43,19 @@ def main() -> None:
 
 def _rows(name: str, R: int, C: int, where: gpu.Place) -> list[tuple[str, ...]]:
     y_RC = _matrix(R, C, where.device)
-    flop, cells = len(COEFFICIENTS) * 2 * (2 * R * R * C + R**3), []
+    flop, cells = iterations_flop(R, C), []
     for form, function in FORMS.items():
         seconds = where.seconds(lambda function=function: function(y_RC))
         values = torch.linalg.svdvals(function(y_RC).double())
         spectrum = f"{values.min():.4f} to {values.max():.4f}"
         cells.append((name, form, f"{seconds * 1e3:.3f}", f"{flop / seconds / 1e12:.4g}", spectrum))
     return cells
+
+
+def iterations_flop(*sides: int) -> int:
+    """FLOP of all iterations on one matrix, R its smaller side: X X^T, its square, and the product of the two."""
+    R, C = sorted(sides)
+    return len(COEFFICIENTS) * 2 * (R * R * C + R**3 + R * R * C)
 
 
 def _matrix(R: int, C: int, device: torch.device) -> Tensor:

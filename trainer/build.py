@@ -1,6 +1,6 @@
 """From configuration to the parts of a step: model, optimizer, sums, in the order that matters."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -84,10 +84,6 @@ def build(config: TrainConfig, data: Data, device: torch.device) -> Built:
     model = build_model(config, device)
     shared = {name: tensor for name, tensor in model.named_parameters() if names.alias_of(name) is None}
     logicals = list(names.logical_tensors(config.model))
-    members = [
-        Member(name=one.name, parameter=one.parameter, start=one.start, stop=one.stop, kind=one.kind, group=one.group)
-        for one in logicals
-    ]
     dtype = torch.float64 if config.precision.dtype == "fp64" else torch.float32
     pool = RowPool(model, config.threads if device.type == "cpu" else 1)
     for view in pool.views:
@@ -99,7 +95,7 @@ def build(config: TrainConfig, data: Data, device: torch.device) -> Built:
             apply_recompute(view, config.recompute)
     parts = Parts(
         pool=pool,
-        optimizer=Optimizer(shared, members, config.optim, pool.plain_map),
+        optimizer=Optimizer(shared, members(logicals), config.optim, pool.plain_map),
         sums=ExactSum({name: tensor.shape for name, tensor in shared.items()}, dtype=dtype, device=device),
         stream=data.train,
         loss=config.loss,
@@ -107,6 +103,14 @@ def build(config: TrainConfig, data: Data, device: torch.device) -> Built:
         device=device,
     )
     return Built(config=config, data=data, parts=parts, plans=schedule.plan(config.schedule))
+
+
+def members(logicals: Iterable[names.Logical]) -> list[Member]:
+    """The model's logical tensors as the optimizer knows them."""
+    return [
+        Member(name=one.name, parameter=one.parameter, start=one.start, stop=one.stop, kind=one.kind, group=one.group)
+        for one in logicals
+    ]
 
 
 def build_model(config: TrainConfig, device: torch.device) -> Transformer:
