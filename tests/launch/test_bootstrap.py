@@ -46,6 +46,18 @@ def pretend_installed(keel: ModuleType) -> None:
     (keel.VENV / "pyvenv.cfg").write_text(f"home = x\nversion = {sys.version_info[0]}.{sys.version_info[1]}.0\n")
 
 
+def test_an_environment_behind_a_link_is_left_alone(keel: ModuleType, tmp_path: Path) -> None:
+    """It is another checkout's, and making one here would empty it."""
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "keel.json").write_text("{}")
+    keel.VENV.symlink_to(other)
+    with pytest.raises(SetupError, match=r"\.venv = .*: expected a folder of this checkout, not a link to .*other"):
+        keel.set_up(False)
+    assert (other / "keel.json").read_text() == "{}"
+    assert not keel.UNFINISHED.exists()
+
+
 @pytest.mark.parametrize(
     ("driver", "platform", "build", "why"),
     [
