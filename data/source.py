@@ -54,7 +54,7 @@ class StreamReader:
         self._last: tuple[int, int, list[Text]] = (0, 0, [])
 
     def read(self, first: int, count: int) -> list[Text]:
-        """Return the texts of records first to first + count, fewer only at the end; "" for a record without text.
+        """Return the texts of records first to first + count, fewer only at the end; empty for a record without text.
 
         Going on where the last call ended costs nothing extra; any other place reads the stream from its start.
         Raises ValueError for a record without the field.

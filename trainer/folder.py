@@ -48,6 +48,8 @@ class RunFolder:
         except (OSError, ValueError) as error:
             raise ValueError(f"run = {path}: expected a run folder with a provenance.json ({error})") from error
         self.path = path
+        self.done = 0
+        """Steps done: those before `begin`, and those that `append_metrics` told of since."""
         self._lock: int | None = None
         self._metrics: journal.Journal | None = None
 
@@ -120,6 +122,7 @@ class RunFolder:
         """
         dropped = journal.keep(self.path / "metrics.jsonl", lambda row: kind == "resume" and row["step"] <= step)
         self._metrics = journal.Journal(self.path / "metrics.jsonl")
+        self.done = step
         row = {"event": kind, "step": step, "steps_again": dropped, **about}
         self._note(row | ({"changes": list(changes)} if changes else {}))
 
@@ -133,6 +136,7 @@ class RunFolder:
         assert self._metrics is not None, "begin() opens the metrics"
         assert "step" in row, "begin() drops rows by their step"
         self._metrics.append(row)
+        self.done = row["step"]
 
     def sync_metrics(self) -> None:
         """Puts all rows on the disk; before a checkpoint of step s is submitted, so that no row up to s can be lost."""

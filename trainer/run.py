@@ -10,7 +10,6 @@ from typing import Any
 
 from trainer import checkpoint, folder, provenance
 from trainer.build import Built, attention_after, build, read_data
-from trainer.checkpoint import Loaded
 from trainer.config import TrainConfig
 from trainer.debug import crash
 from trainer.debug.crash import Kept
@@ -112,30 +111,45 @@ def _resume(config: TrainConfig, run_folder: RunFolder, session: Session) -> int
         data = read_data(config, session.say)
         facts = _facts(config, str(device), kernels, data.fingerprint)
         changes = _refuse_changes(run_folder.provenance, facts, session)
-        found = checkpoint.recover(run_folder.checkpoints, session.say)
         built = build(config, data, device)
-        if found is not None:
-            changes += _refuse_changes(found[1].state["facts"], facts, session)
-            built.restore(found[1].tensors)
-        first_step = found[1].step if found else 0
-        session.say(f"run {run_folder.path}: going on after step {first_step} of {len(built.plans)}")
+        saved_step, more = _restore(built, run_folder, facts, session)
+        changes = list(dict.fromkeys([*changes, *more]))
+        for change in changes:
+            session.say(f"bit-equality is off from here on: {change}")
+        session.say(f"run {run_folder.path}: going on after step {saved_step or 0} of {len(built.plans)}")
         session.say(f"kernels: {kernels}")
-        changes = [*run_folder.changed_keys(asdict(config)), *dict.fromkeys(changes)]
-        return _run(built, run_folder, facts, found[1] if found else None, session, changes)
+        changes = [*run_folder.changed_keys(asdict(config)), *changes]
+        return _run(built, run_folder, facts, saved_step, session, changes)
     finally:
         run_folder.release()
+
+
+def _restore(
+    built: Built, run_folder: RunFolder, facts: Mapping[str, Any], session: Session
+) -> tuple[int | None, list[str]]:
+    """The step of the newest checkpoint that verifies, None without one, and what may change the bits after it.
+
+    Its tensors are copied, so that none of them is held while the run goes on.
+    """
+    found = checkpoint.recover(run_folder.checkpoints, session.say)
+    if found is None:
+        return None, []
+    _, loaded = found
+    changes = _refuse_changes(loaded.state["facts"], facts, session)
+    built.restore(loaded.tensors)
+    return loaded.step, changes
 
 
 def _run(
     built: Built,
     run_folder: RunFolder,
     facts: Mapping[str, Any],
-    loaded: Loaded | None,
+    saved_step: int | None,
     session: Session,
     changes: Sequence[str] = (),
 ) -> int:
-    config, first_step = built.config, loaded.step if loaded else 0
-    parts = built.parts
+    """saved_step: of the checkpoint that was restored."""
+    config, parts, first_step = built.config, built.parts, saved_step or 0
     observer = Observer(
         built=built,
         held_out=hold_out(built.data, config.validation.rows),
@@ -150,18 +164,19 @@ def _run(
         profiler=Profiler(built, run_folder.path, progress.say),
         facts=facts,
     )
-    run_folder.begin("resume" if loaded else "start", first_step, _about(observer, first_step, facts), changes)
-    stop, done = Stop(), first_step
+    kind = "start" if saved_step is None else "resume"
+    run_folder.begin(kind, first_step, _about(observer, first_step, facts), changes)
+    stop = Stop()
     try:
         with on_signals(stop), closing(outlets.writer), closing(outlets.profiler):
             done = run_steps(built, outlets, observer, first_step, stop, session.stop_at)
     except NonFinite as error:
         kept = crash.keep(built, run_folder, error.fault, facts)
-        run_folder.end(f"NonFinite: {kept.line}", error.fault.plan.step)
+        run_folder.end(f"NonFinite: {kept.line}", run_folder.done)
         _tell(kept, run_folder)
         return 1
     except BaseException as error:
-        run_folder.end(f"{type(error).__name__}: {error}", done)
+        run_folder.end(f"{type(error).__name__}: {error}", run_folder.done)
         if isinstance(error, TRAINING_FAILURES):
             print(f"keel: error: {error}", file=sys.stderr)
             print(f"the last checkpoint is kept; to go on from it: {_command('resume', run_folder)}", file=sys.stderr)
@@ -231,8 +246,6 @@ def _refuse_changes(saved: Mapping[str, Any], now: Mapping[str, Any], session: S
         raise ValueError(
             f"resume = {'; '.join(differences)}: expected the same, or --allow-changes, which gives up bit-equality"
         )
-    for difference in differences:
-        session.say(f"bit-equality is off from here on: {difference}")
     return differences
 
 

@@ -1,4 +1,7 @@
-"""What the tests of whole runs do in other processes: train, die at a chosen instant, be slow."""
+"""What the tests of whole runs do in other processes: train, die at a chosen instant, be slow.
+
+Those are forked from a process that has imported this module, so what a run imports later is imported here at once.
+"""
 
 import os
 import signal
@@ -8,24 +11,30 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch.fx.experimental.symbolic_shapes  # noqa: F401  (by the first backward pass)
+
+import launch.compose
+import launch.train  # noqa: F401
 from launch.main import main
-from trainer import checkpoint, row, writer
+from trainer import checkpoint, machine, row, writer
 from trainer.config import TrainConfig
 from trainer.run import train
 
 FILE_OPERATIONS = ("fsync", "rename", "replace", "unlink", "rmdir", "mkdir")
 SLOW_ROW_S = 120
+RATE_S = 0.001
+"""How long a start measures the rate of the machine, which decides nothing here."""
 
 
 def train_there(config: TrainConfig, log: Path) -> None:
     """Train as the command does; the process ends with the run's exit code, what it says goes to `log`."""
-    _say_to(log, log)
+    _begin(log, log)
     sys.exit(train(config))
 
 
 def command(words: list[str], out: Path, err: Path) -> None:
     """Run a `keel` command; the process ends with its exit code."""
-    _say_to(out, err)
+    _begin(out, err)
     sys.exit(main(words))
 
 
@@ -80,8 +89,9 @@ def _after(before: Callable[[], None], operation: Callable[..., object]) -> Call
     return counted
 
 
-def _say_to(out: Path, err: Path) -> None:
-    """What this process writes goes to the ends of two files, which may be one."""
+def _begin(out: Path, err: Path) -> None:
+    """What this process writes goes to the ends of two files, which may be one; no long measurement."""
+    machine.SECONDS = RATE_S
     for descriptor, path in ((1, out), (2, err)):
         opened = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         os.dup2(opened, descriptor)

@@ -60,14 +60,6 @@ def config(corpus: Path, tmp_path: Path) -> TrainConfig:
     return tiny.config(corpus, tmp_path / "runs")
 
 
-@pytest.fixture(scope="module")
-def whole(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
-    """A finished run that no command line began."""
-    config = tiny.config(corpus, tmp_path_factory.mktemp("whole"))
-    train(config)
-    return tiny.only_run(Path(config.runs_dir))
-
-
 def names(config: TrainConfig) -> list[str]:
     return sorted(path.name for path in Path(config.runs_dir).iterdir())
 

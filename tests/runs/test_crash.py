@@ -16,10 +16,10 @@ import torch
 
 from launch.main import main
 from tests.runs import children, tiny
-from trainer import checkpoint, loop, row
+from trainer import checkpoint, durable, loop, row
 from trainer.build import read_data
 from trainer.config import TrainConfig
-from trainer.debug.crash import load
+from trainer.debug.crash import CONFIG, REPORT, load
 from trainer.folder import RunFolder
 from trainer.run import train
 from trainer.step import train_step
@@ -35,14 +35,6 @@ Plant = Callable[[Any], None]
 @pytest.fixture
 def config(corpus: Path, tmp_path: Path) -> TrainConfig:
     return tiny.config(corpus, tmp_path / "runs")
-
-
-@pytest.fixture(scope="module")
-def whole(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
-    """The run to which nothing happened."""
-    config = tiny.config(corpus, tmp_path_factory.mktemp("whole"))
-    assert train(config) == 0
-    return tiny.only_run(Path(config.runs_dir))
 
 
 def plant_before(monkeypatch: pytest.MonkeyPatch, step: int, plant: Plant) -> None:
@@ -234,18 +226,28 @@ def test_a_step_that_fails_again_replaces_its_crash_folder(
     assert (crash_of(run) / "manifest.json").read_bytes() == before
 
 
+@pytest.mark.parametrize("file", [checkpoint.DATA, CONFIG, REPORT])
 def test_a_full_disk_leaves_the_message(
-    config: TrainConfig, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    file: str, config: TrainConfig, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     plant_before(monkeypatch, STEP, bad_weight)
+    write = durable.write
 
-    def full(*arguments: Any) -> None:
+    def save(*arguments: Any) -> None:
         raise checkpoint.CheckpointError("no space left")
 
-    monkeypatch.setattr("trainer.debug.crash.checkpoint.save", full)
-    monkeypatch.setattr(loop, "save", lambda *arguments: None)
-    _, (line, folder, _) = crashed(config, capfd)
+    def full(path: Path, content: bytes) -> None:
+        if path.parent.parent.name == "crashes" and path.name == file:
+            raise OSError("no space left")
+        write(path, content)
+
+    if file == checkpoint.DATA:
+        monkeypatch.setattr("trainer.debug.crash.checkpoint.save", save)
+        monkeypatch.setattr(loop, "save", lambda *arguments: None)
+    monkeypatch.setattr(durable, "write", full)
+    run, (line, folder, _) = crashed(config, capfd)
     assert "weight layers.1.attn.wo_b.weight: inf" in line
+    assert run.history()[-1]["event"] == "end"
     assert folder == "the crash folder could not be written: no space left"
 
 

@@ -31,12 +31,6 @@ def stopped_at(config: TrainConfig, stops: Sequence[int]) -> RunFolder:
     return tiny.only_run(Path(config.runs_dir))
 
 
-@pytest.fixture(scope="module")
-def whole(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
-    """The run that nothing interrupted."""
-    return stopped_at(tiny.config(corpus, tmp_path_factory.mktemp("whole")), [])
-
-
 @pytest.fixture
 def config(corpus: Path, tmp_path: Path) -> TrainConfig:
     return tiny.config(corpus, tmp_path / "runs")

@@ -17,14 +17,6 @@ from trainer.run import resume, train
 from trainer.schedule import StepPlan, StepPlans
 
 
-@pytest.fixture(scope="module")
-def whole(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
-    """The run that nothing interrupted."""
-    config = tiny.config(corpus, tmp_path_factory.mktemp("whole"))
-    train(config)
-    return tiny.only_run(Path(config.runs_dir))
-
-
 class ShiftedPlans:
     """Plans whose rows begin one row too late from a step on."""
 

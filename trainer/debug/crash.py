@@ -64,7 +64,7 @@ def keep(built: Built, run: RunFolder, fault: Fault, facts: Mapping[str, Any]) -
     path, trouble = run.path / "crashes" / f"step-{fault.plan.step + 1:06d}", ""
     try:
         _save(path, built, fault, pieces, facts)
-    except CheckpointError as error:
+    except (CheckpointError, OSError) as error:
         path, trouble = None, str(error)
     events = trace(built.parts.model, fault.row, fault.plan.attention, fault.weights)
     found = finding.find(events)
@@ -72,8 +72,11 @@ def keep(built: Built, run: RunFolder, fault: Fault, facts: Mapping[str, Any]) -
     if path is not None:
         first = None if found is None else found.event.name
         content = {"first": first, "events": [asdict(event) for event in events]}
-        durable.write(path / TRACE, json.dumps(content, allow_nan=False).encode())
-        durable.write(path / REPORT, "\n".join(report(line, events, found, pieces)).encode())
+        try:
+            durable.write(path / TRACE, json.dumps(content, allow_nan=False).encode())
+            durable.write(path / REPORT, "\n".join(report(line, events, found, pieces)).encode())
+        except OSError as error:
+            path, trouble = None, str(error)
     return Kept(line=line, path=path, trouble=trouble)
 
 

@@ -93,7 +93,7 @@ class ExactSum:
 
     @torch.no_grad()
     def result(self) -> dict[str, Tensor]:
-        """The sums so far, rounded once to the result's type."""
+        """The sums so far, rounded to the result's type; those of 32 and more by way of fp64."""
         with self._lock:
             return {name: self._read(name, total) for name, total in self._sums.items()}
 
