@@ -70,7 +70,8 @@ class StepResult:
 def train_step(parts: Parts, plan: StepPlan, stopped: Callable[[], bool]) -> StepResult | None:
     """Run one step; None, with nothing changed, if `stopped()` turned true between two rows.
 
-    Raises NonFinite, with nothing changed, for the first row whose losses or gradients are not finite.
+    Raises NonFinite, with nothing changed, for the first row whose losses or gradients are not finite; OverflowError,
+    likewise, where the sum of the rows' gradients could overflow.
     """
     frozen = frozen_groups(plan.attention, parts.groups)
     whole_step = Laps(parts.device)

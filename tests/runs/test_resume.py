@@ -19,6 +19,8 @@ from trainer.build import Built
 from trainer.config import TrainConfig
 from trainer.folder import RunFolder
 from trainer.run import resume, train
+from trainer.schedule import StepPlan
+from trainer.step import Parts, StepResult
 
 Damage = Callable[[Path], None]
 
@@ -140,6 +142,28 @@ def test_a_signal_right_after_a_save_does_not_save_again(
     run_folder = tiny.only_run(Path(config.runs_dir))
     assert sorted(path.name for path in run_folder.checkpoints.iterdir()) == ["step-000003"]
     train(config)
+    tiny.assert_same_run(run_folder, whole)
+
+
+def test_an_error_is_two_lines_and_the_run_goes_on_from_its_last_checkpoint(
+    config: TrainConfig, whole: RunFolder, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    take = loop.train_step
+
+    def overflow_in_step_5(parts: Parts, plan: StepPlan, stopped: Callable[[], bool]) -> StepResult | None:
+        if plan.step + 1 == 5:
+            raise OverflowError("a sum is too large")
+        return take(parts, plan, stopped)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "train_step", overflow_in_step_5)
+        assert train(config) == 1
+    run_folder = tiny.only_run(Path(config.runs_dir))
+    resume_line = f"the last checkpoint is kept; to go on from it: ./keel resume {run_folder.path}"
+    assert capsys.readouterr().err.splitlines() == ["keel: error: a sum is too large", resume_line]
+    end = run_folder.history()[-1]
+    assert (end["step"], end["reason"]) == (4, "OverflowError: a sum is too large")
+    assert train(config) == 0
     tiny.assert_same_run(run_folder, whole)
 
 
