@@ -1,7 +1,7 @@
 """The folder of a run, and the lock that lets one process at a time train in it.
 
     runs/NAME-7f3a/   config.yaml overrides.txt provenance.json dirty.patch history.jsonl metrics.jsonl lock
-                      checkpoints/ samples/ logs/ wandb/
+                      checkpoints/ samples/ logs/ wandb/, later also crashes/ profile/ (trainer/debug)
 
 `7f3a` is the beginning of the configuration's identity; a second run of the same configuration gets `-2`. Secrets are
 taken out of all of it (redact.py); the identity is of the configuration as given.
