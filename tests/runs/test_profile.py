@@ -40,7 +40,7 @@ def watched(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Watched:
     said: list[str] = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(profile, "LARGE_BYTES", 1 << 40)
-        patch.setattr(dearest, "LARGEST", 1 << 20)  # what other tests left alive in this process may be larger
+        patch.setattr(dearest, "LARGEST", 1 << 20)
         patch.setattr("trainer.progress.Progress.say", lambda self, text: said.append(text))
         assert train(config, stop_at=LAST) == 0
         patch.setattr(profile, "LARGE_BYTES", 1)

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._profiler import _EventType
 
 OPERATIONS = 10
 """Rows of the table of operations."""
@@ -64,26 +65,47 @@ def memory(profile: Any, found: Sequence[Any]) -> dict[str, Any]:
     }
 
 
-def alive(named: Mapping[str, Tensor]) -> list[dict[str, Any]]:
-    """The largest tensors of this process, each storage once. named: those that have a name; others have a shape."""
-    names = {tensor.untyped_storage().data_ptr(): name for name, tensor in named.items()}
-    views: dict[int, Tensor] = {}
-    for thing in gc.get_objects():
-        if issubclass(type(thing), Tensor) and thing.layout is torch.strided and not thing.is_meta:
-            place = thing.untyped_storage().data_ptr()
-            if place not in views or views[place].numel() < thing.numel():
-                views[place] = thing
-    found = [
+def alive(named: Mapping[str, Tensor], profile: Any) -> list[dict[str, Any]]:
+    """The largest storages at the end: those of `named`, by name, and what the profile saw allocated and never freed.
+
+    Not by asking the interpreter for all objects: it would show, and hold for a moment, what other threads are making.
+    """
+    storages = {tensor.untyped_storage().data_ptr(): (name, tensor) for name, tensor in named.items()}
+    found: list[dict[str, Any]] = [
         {
-            "name": names.get(place),
-            "bytes": view.untyped_storage().nbytes(),
-            "shape": "x".join(map(str, view.shape)),
-            "dtype": str(view.dtype).removeprefix("torch."),
+            "name": name,
+            "bytes": tensor.untyped_storage().nbytes(),
+            "shape": "x".join(map(str, tensor.shape)),
+            "dtype": str(tensor.dtype).removeprefix("torch."),
         }
-        for place, view in views.items()
+        for name, tensor in storages.values()
     ]
-    found.sort(key=lambda entry: (-entry["bytes"], entry["name"] or "", entry["shape"]))
+    left = _never_freed(profile.profiler.kineto_results.experimental_event_tree())
+    found += [
+        {"name": None, "bytes": num_bytes, "allocated_by": operation}
+        for place, (num_bytes, operation) in left.items()
+        if place not in storages
+    ]
+    found.sort(key=lambda entry: (-entry["bytes"], entry["name"] or "", entry.get("allocated_by", "")))
     return found[:LARGEST]
+
+
+def _never_freed(roots: Sequence[Any]) -> dict[int, tuple[int, str]]:
+    """Bytes and operation by address, of what was allocated within the profile and not freed in it."""
+    changes: list[tuple[int, Any, str]] = []
+    stack = [(event, "") for event in roots]
+    while stack:
+        event, operation = stack.pop()
+        if event.tag == _EventType.Allocation:
+            changes.append((event.start_time_ns, event.extra_fields, operation))
+        stack += [(child, event.name) for child in event.children]
+    left: dict[int, tuple[int, str]] = {}
+    for _, change, operation in sorted(changes, key=lambda change: change[0]):
+        if change.alloc_size > 0:
+            left[change.ptr] = (change.alloc_size, operation)
+        else:
+            left.pop(change.ptr, None)
+    return left
 
 
 def _shapes(event: Any) -> str:

@@ -82,11 +82,11 @@ class Profiler:
         self._began = time.perf_counter()
 
     def _write(self, folder: Path, profile: Any, seconds: float) -> None:
-        alive = dearest.alive(self._built.named_tensors())
         profile.export_chrome_trace(str(folder / TRACE))
         _compress_if_large(folder / TRACE)
         operations = dearest.operations(profile)
         if not self._cuda:
+            alive = dearest.alive(self._built.named_tensors(), profile)
             memory = dearest.memory(profile, operations) | {"largest_tensors_alive_at_the_end": alive}
             (folder / MEMORY).write_text(json.dumps(memory, indent=1))
         title = f"steps {self._first} to {self._done}" if self._done > self._first else f"step {self._first}"
