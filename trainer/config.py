@@ -8,6 +8,7 @@ from data.config import DataConfig
 from model.config import CSA_RATIO, InitConfig, ModelConfig, require
 from optim.config import OptimConfig
 from trainer import schedule
+from trainer.parallel.mesh import Mesh, largest_divisor
 from trainer.schedule_config import ScheduleConfig
 
 Precision = Literal["fp64", "fp32", "bf16"]
@@ -48,6 +49,41 @@ class CheckpointConfig:
         require(self.every_steps > 0, "every_steps", self.every_steps, "a positive number of steps")
         require(self.keep_last >= 2, "keep_last", self.keep_last, "at least 2, so that a torn one has a predecessor")
         require(self.keep_every_steps >= 0, "keep_every_steps", self.keep_every_steps, "at least 0")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ParallelConfig:
+    """The layout: ranks per axis (trainer/parallel/mesh.py), and how what they computed is brought together.
+
+    On the exact path no bit of a run depends on the sizes; the fast path sums in the order of the layout.
+    """
+
+    pipe: int = 1
+    data: int = 1
+    expert: int = 1
+    """Ranks that share out the experts of a layer and exchange tokens; divides `data`."""
+    context: int = 1
+    reduction: Literal["exact", "fast"] = "exact"
+    dense_reduction: Literal["fp32", "bf16"] = "fp32"
+    """What gradients outside the experts travel in on the fast path; those of experts travel in bf16 (R 3.4.1)."""
+    owners_limit: int = 64
+    """Most data ranks that share out the dense matrices (R 3.4.1 caps the group; the number is ours)."""
+    check_every_steps: int = 50
+    """How often replicas compare checksums of weights and owners those of their state; 0 never (ours)."""
+
+    def __post_init__(self) -> None:
+        for key in ("pipe", "data", "expert", "context", "owners_limit"):
+            require(getattr(self, key) > 0, key, getattr(self, key), "a positive number of ranks")
+        for key in ("pipe", "context"):
+            require(getattr(self, key) == 1, key, getattr(self, key), "1: larger sizes are not there yet")
+        require(self.data % self.expert == 0, "expert", self.expert, f"a divisor of parallel.data={self.data}")
+        require(self.check_every_steps >= 0, "check_every_steps", self.check_every_steps, "at least 0 (0 never)")
+
+    @property
+    def mesh(self) -> Mesh:
+        """The mesh of these sizes."""
+        owners = largest_divisor(self.data, self.owners_limit)
+        return Mesh(pipe=self.pipe, context=self.context, data=self.data, expert=self.expert, owners=owners)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -146,6 +182,7 @@ class TrainConfig:
     schedule: ScheduleConfig
     data: DataConfig
     precision: PrecisionConfig = field(default_factory=PrecisionConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     validation: ValidationConfig = field(default_factory=ValidationConfig)
@@ -161,6 +198,7 @@ class TrainConfig:
         self._check_vocabulary()
         self._check_sample()
         self._check_profile()
+        self._check_parallel()
 
     def _check_rows(self) -> None:
         for stage in self.schedule.row_length:
@@ -200,3 +238,11 @@ class TrainConfig:
         if profiled is not None:
             steps = len(schedule.plan(self.schedule))
             require(profiled[1] <= steps, "profile.steps", self.profile.steps, f"steps of the run, which has {steps}")
+
+    def _check_parallel(self) -> None:
+        parallel, experts = self.parallel, self.model.n_routed_experts
+        expected = f"a divisor of model.n_routed_experts={experts}"
+        require(experts % parallel.expert == 0, "parallel.expert", parallel.expert, expected)
+        if parallel.expert > 1 or parallel.reduction == "fast":
+            why = "ranks exchange tokens row by row" if parallel.expert > 1 else "sums have an order"
+            require(self.threads == 1, "threads", self.threads, f"1 with this parallel section: {why}")
