@@ -37,7 +37,9 @@ class Block(nn.Module):
     `run_ffn` are seams for recomputation, called like `model.layers.run`.
     """
 
-    def __init__(self, config: ModelConfig, *, ratio: int, hashed: bool, dtype: torch.dtype) -> None:
+    def __init__(
+        self, config: ModelConfig, *, ratio: int, hashed: bool, dtype: torch.dtype, held: range
+    ) -> None:
         super().__init__()
         self.config = config
         self.enter, self.expand = mhc.enter, mhc.expand
@@ -47,7 +49,7 @@ class Block(nn.Module):
         self.attn_norm = RMSNorm(D, config.rms_norm_eps, dtype)
         self.attn = Attention(config, ratio, dtype)
         self.ffn_norm = RMSNorm(D, config.rms_norm_eps, dtype)
-        self.ffn = MoE(config, hashed=hashed, dtype=dtype)
+        self.ffn = MoE(config, hashed=hashed, dtype=dtype, held=held)
         self.hc_attn_fn = nn.Parameter(torch.empty(rows, N * D, dtype=island))
         self.hc_attn_base = nn.Parameter(torch.empty(rows, dtype=island))
         self.hc_attn_scale = nn.Parameter(torch.empty(3, dtype=island))

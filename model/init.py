@@ -22,12 +22,14 @@ from model.transformer import Transformer
 
 
 def initialize(model: Transformer, config: InitConfig, seed: int) -> None:
-    """Fill every parameter and buffer of the model with its initial value, in place."""
+    """Fill every parameter and buffer that is here with its initial value, in place."""
     mine = names.tensors(model)
     with torch.no_grad():
         for spec in released_tensors(model.config):
             where = names.locate(spec.name)
-            where.view(mine[where.parameter]).copy_(initial_value(spec, config, seed, model.config.n_routed_experts))
+            if where.index is None or where.index in model.held:
+                value = initial_value(spec, config, seed, model.config.n_routed_experts)
+                where.view(mine[where.parameter], model.held.start).copy_(value)
 
 
 def initial_value(spec: TensorSpec, config: InitConfig, seed: int, experts: int) -> Tensor:

@@ -47,20 +47,19 @@ def balance_sum(score_BTE: Tensor, document_BT: Tensor, K: int) -> Tensor:
 
 
 class MoE(nn.Module):
-    """gate, experts, shared_experts. `dispatcher` is the seam for expert parallelism."""
+    """gate, experts, shared_experts. `dispatcher` is the seam for expert parallelism; held: the experts that are here."""
 
-    def __init__(self, config: ModelConfig, *, hashed: bool, dtype: torch.dtype) -> None:
+    def __init__(self, config: ModelConfig, *, hashed: bool, dtype: torch.dtype, held: range) -> None:
         super().__init__()
         sizes = (config.hidden_size, config.moe_intermediate_size, config.swiglu_limit, dtype)
         self.gate = Gate(config, hashed=hashed, dtype=dtype)
-        self.experts = Experts(config.n_routed_experts, *sizes)
+        self.experts = Experts(held, *sizes)
         self.shared_experts = SharedExpert(*sizes)
         self.dispatcher = LocalDispatcher()
 
     def forward(self, h_BTD: Tensor, token_BT: Tensor, document_BT: Tensor) -> tuple[Tensor, RouterStatistics]:
         route = self.gate(h_BTD, token_BT)
-        experts = self.experts.w1.shape[0]
-        sent = self.dispatcher.dispatch(h_BTD, route.expert_BTK, route.weight_BTK, experts)
+        sent = self.dispatcher.dispatch(h_BTD, route.expert_BTK, route.weight_BTK, route.score_BTE.shape[-1])
         y_PD = self.experts(sent.x_PD, sent.weight_P, sent.counts)
         y_BTD = self.dispatcher.combine(y_PD, sent, route.expert_BTK.shape)
         y_BTD = (y_BTD + self.shared_experts(h_BTD)).to(h_BTD.dtype)

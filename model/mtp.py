@@ -17,8 +17,8 @@ class MTP(Block):
     each use of a shared weight has its own gradient (`Transformer.share_weights`).
     """
 
-    def __init__(self, config: ModelConfig, dtype: torch.dtype) -> None:
-        super().__init__(config, ratio=0, hashed=False, dtype=dtype)
+    def __init__(self, config: ModelConfig, dtype: torch.dtype, held: range) -> None:
+        super().__init__(config, ratio=0, hashed=False, dtype=dtype, held=held)
         D, N, eps = config.hidden_size, config.hc_mult, config.rms_norm_eps
         self.e_proj = Linear(D, D, dtype)
         self.h_proj = Linear(D, D, dtype)

@@ -47,8 +47,9 @@ class Location:
     parameter: str
     index: int | None
 
-    def view(self, tensor: Tensor) -> Tensor:
-        return tensor if self.index is None else tensor[self.index]
+    def view(self, tensor: Tensor, first: int = 0) -> Tensor:
+        """The released tensor's part of its parameter. first: the first expert that is here."""
+        return tensor if self.index is None else tensor[self.index - first]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

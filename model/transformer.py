@@ -33,14 +33,18 @@ class Transformer(nn.Module):
     Built with uninitialised weights: fill them by `model.init.initialize` or `model.names.load_released`.
     """
 
-    def __init__(self, config: ModelConfig, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(
+        self, config: ModelConfig, dtype: torch.dtype = torch.float32, experts: range | None = None
+    ) -> None:
+        """experts: those of each layer that are here, default all."""
         super().__init__()
         self.config, self.dtype = config, dtype
+        self.held = range(config.n_routed_experts) if experts is None else experts
         self.run_block = run
         D, N, island = config.hidden_size, config.hc_mult, island_dtype(dtype)
         self.embed = Embedding(config.vocab_size, D, dtype)
         self.layers = nn.ModuleList(
-            Block(config, ratio=ratio, hashed=i < config.num_hash_layers, dtype=dtype)
+            Block(config, ratio=ratio, hashed=i < config.num_hash_layers, dtype=dtype, held=self.held)
             for i, ratio in enumerate(config.attention_ratios)
         )
         self.hc_head_fn = nn.Parameter(torch.empty(N, N * D, dtype=island))
@@ -48,7 +52,7 @@ class Transformer(nn.Module):
         self.hc_head_scale = nn.Parameter(torch.empty(1, dtype=island))
         self.norm = RMSNorm(D, config.rms_norm_eps, dtype)
         self.head = Linear(D, config.vocab_size, dtype, fp32_product)
-        self.mtp = nn.ModuleList(MTP(config, dtype) for _ in range(config.num_nextn_predict_layers))
+        self.mtp = nn.ModuleList(MTP(config, dtype, self.held) for _ in range(config.num_nextn_predict_layers))
         self.share_weights()
 
     def share_weights(self) -> None:

@@ -1,7 +1,11 @@
-"""The global gradient norm and the clip (V3: norm 1.0). The norm is the same however tensors are distributed."""
+"""The global gradient norm and the clip (V3: norm 1.0). The norm is the same however tensors are distributed.
+
+Squares are summed in fp64 per fixed block of a logical tensor, blocks are added exactly: so it does not matter who
+holds which tensor, nor in what order they come.
+"""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -11,17 +15,18 @@ BLOCK = 4096
 
 
 def global_norm(gradients: Mapping[str, Tensor]) -> float:
-    """Euclidean norm over all tensors: squares summed in fp64 per fixed block, blocks by math.fsum in name order.
+    """Euclidean norm over all logical tensors. Raises FloatingPointError naming the first that is not finite."""
+    sums = {name: square_sums(gradient) for name, gradient in gradients.items()}
+    return norm_of(math.fsum(value for of_tensor in sums.values() for value in of_tensor), sums)
 
-    Experts [E, F, D] are cut expert by expert. Raises FloatingPointError naming the first tensor that is not finite.
-    """
-    sums: list[float] = []
-    for name in sorted(gradients):
-        blocks = _block_sums(gradients[name])
-        if not all(map(math.isfinite, blocks)):
-            raise FloatingPointError(f"gradient {name}: expected finite values; the step was not taken")
-        sums += blocks
-    return math.sqrt(math.fsum(sums))
+
+def norm_of(total: float, sums: Mapping[str, Sequence[float]]) -> float:
+    """The norm from the sum of all squares; FloatingPointError, naming the first of `sums`, if it is not finite."""
+    if not math.isfinite(total):
+        bad = (name for name in sorted(sums) if not all(map(math.isfinite, sums[name])))
+        name = next(bad, "of another process")
+        raise FloatingPointError(f"gradient {name}: expected finite values; the step was not taken")
+    return math.sqrt(total)
 
 
 def clip_scale(norm: float, limit: float) -> float:
@@ -29,8 +34,8 @@ def clip_scale(norm: float, limit: float) -> float:
     return limit / norm if norm > limit else 1.0
 
 
-def _block_sums(gradient: Tensor) -> list[float]:
-    flat = gradient.flatten(1) if gradient.dim() == 3 else gradient.reshape(1, -1)
-    padding = -flat.shape[1] % BLOCK
-    padded = torch.nn.functional.pad(flat.double(), (0, padding)).unflatten(1, (-1, BLOCK))
-    return padded.square_().sum(-1).flatten().tolist()
+def square_sums(gradient: Tensor) -> list[float]:
+    """The sum of squares of each block of a logical tensor."""
+    flat = gradient.reshape(-1).double()
+    padded = torch.nn.functional.pad(flat, (0, -len(flat) % BLOCK)).unflatten(0, (-1, BLOCK))
+    return padded.square_().sum(-1).tolist()

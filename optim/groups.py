@@ -38,13 +38,12 @@ def rate_scale(group: str, config: OptimConfig) -> float:
     return config.rate_scale.get(group, 1.0)
 
 
-def check(members: Sequence[Member], config: OptimConfig) -> None:
-    """Raise ValueError when rate_scale or freeze names a group that no member has."""
-    known = sorted({member.group for member in members})
+def check(known: Collection[str], config: OptimConfig) -> None:
+    """Raise ValueError when rate_scale or freeze names a group that is not known."""
     for key, named in (("optim.rate_scale", config.rate_scale), ("optim.freeze", config.freeze)):
         for group in named:
             if group not in known:
-                raise ValueError(f"{key} = {group}: expected one of {', '.join(known)}")
+                raise ValueError(f"{key} = {group}: expected one of {', '.join(sorted(known))}")
 
 
 def check_cover(members: Sequence[Member], parameters: Mapping[str, Tensor]) -> None:

@@ -1,7 +1,8 @@
 """The optimizer of a run: Muon for matrices, AdamW for the rest, fp32 masters, one global clip.
 
 Parameters of lower precision have an fp32 master that is updated and copied back; others are their own master.
-A frozen group is left as it is, its momentum and its count of updates too.
+A frozen group is left as it is, its momentum and its count of updates too. On many processes each has an optimizer of
+the tensors it owns; the norm and the figures are of all of them (`Totals`).
 """
 
 import math
@@ -18,6 +19,15 @@ from optim.groups import Member
 from optim.state import copy_exactly
 
 
+Totals = Callable[[Mapping[str, Sequence[float]]], dict[str, float]]
+"""By key, the sum of the numbers of all processes, rounded once; every process calls it with the same keys or fewer."""
+
+
+def own_totals(numbers: Mapping[str, Sequence[float]]) -> dict[str, float]:
+    """`Totals` of one process."""
+    return {key: math.fsum(values) for key, values in numbers.items()}
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class UpdateStats:
     """norm: before the clip. clip_scale: factor applied. update_rms: by group, of the change without decay."""
@@ -30,7 +40,9 @@ class UpdateStats:
 class Optimizer:
     """Updates `parameters` (by name) as `members` say; `members` hold each element of each parameter once.
 
-    parallel_map: like `map`, may run the batches of matrices side by side; none depends on another.
+    parallel_map: like `map`, may run the batches of matrices side by side; none depends on another. known: all groups
+    that there are, default those of the members. totals, counted: how figures become those of all processes, and the
+    members that this one tells of, default all (others may own the same).
     """
 
     def __init__(
@@ -39,12 +51,17 @@ class Optimizer:
         members: Sequence[Member],
         config: OptimConfig,
         parallel_map: Callable[..., Iterable[None]] = map,
+        *,
+        known: Collection[str] | None = None,
+        totals: Totals = own_totals,
+        counted: Collection[str] | None = None,
     ) -> None:
-        groups.check(members, config)
+        groups.check({member.group for member in members} if known is None else known, config)
         groups.check_cover(members, parameters)
         self.config = config
-        self._map = parallel_map
+        self._map, self._totals = parallel_map, totals
         self.members = tuple(members)
+        self._counted = tuple(member for member in members if counted is None or member.name in counted)
         self._parameters = {name: parameter.detach() for name, parameter in parameters.items()}
         self._masters = {name: _master(parameter) for name, parameter in self._parameters.items()}
         self._kind = {member.parameter: member.kind for member in members}
@@ -67,20 +84,39 @@ class Optimizer:
         """
         frozen = {*frozen_groups, *self.config.freeze}
         active = {name: gradients[name] for name in self._parameters if self._group[name] not in frozen}
-        norm = clip.global_norm(active)
+        told = [member for member in self._counted if member.parameter in active]
+        norm = self._norm(active, told)
         scale = clip.clip_scale(norm, self.config.clip_norm)
         clipped = {name: gradient * scale for name, gradient in active.items()} if scale != 1 else active
-        squares: dict[str, list[float]] = defaultdict(list)
-        self._step_matrices(clipped, rate, squares)
-        self._step_others(clipped, rate, squares)
+        self._step_matrices(clipped, rate)
+        changes = self._step_others(clipped, rate)
         for name in active:
             if self._masters[name] is not self._parameters[name]:
                 self._parameters[name].copy_(self._masters[name])
-        sizes = defaultdict(int)
-        for name in active:
-            sizes[self._group[name]] += self._parameters[name].numel()
-        rms = {group: math.sqrt(math.fsum(values) / sizes[group]) for group, values in squares.items()}
-        return UpdateStats(norm=norm, clip_scale=scale, update_rms=rms)
+        return UpdateStats(norm=norm, clip_scale=scale, update_rms=self._rms(told, changes, rate))
+
+    def _norm(self, gradients: Mapping[str, Tensor], told: Sequence[Member]) -> float:
+        sums = {member.name: clip.square_sums(member.view(gradients[member.parameter])) for member in told}
+        every = [value for of_member in sums.values() for value in of_member]
+        return clip.norm_of(self._totals({"squares": every})["squares"], sums)
+
+    def _rms(self, told: Sequence[Member], changes: Mapping[str, Tensor], rate: float) -> dict[str, float]:
+        """RMS by group of what was added to the weights, decay apart.
+
+        An orthogonal matrix has min(R, C) singular values 1: its change's sum of squares follows from its scale.
+        """
+        numbers: dict[str, list[float]] = defaultdict(list)
+        for member in told:
+            part = member.view(self._parameters[member.parameter])
+            numbers[f"size/{member.group}"].append(part.numel())
+            if member.kind == "matrix":
+                scale = muon.update_scale(*part.shape, self.config.muon) * self._rate(member.parameter, rate)
+                numbers[f"change/{member.group}"].append(scale**2 * min(part.shape))
+            else:
+                numbers[f"change/{member.group}"] += clip.square_sums(member.view(changes[member.parameter]))
+        totals = self._totals(numbers)
+        sizes = {key.removeprefix("size/"): size for key, size in totals.items() if key.startswith("size/")}
+        return {group: math.sqrt(totals[f"change/{group}"] / size) for group, size in sorted(sizes.items())}
 
     def state_dict(self) -> dict[str, Tensor]:
         """All state by flat name: momentum/, exp_avg/, exp_avg_sq/, updates/ and, where they exist, master/ tensors."""
@@ -91,14 +127,10 @@ class Optimizer:
         """Copy a `state_dict` back; raises ValueError unless names, shapes and dtypes are the same."""
         copy_exactly(self.state_dict(), state, "optimizer state")
 
-    def table(self) -> str:
-        """The assignment as one table."""
-        return groups.table(self.members, self._parameters, self.config)
-
     def _rate(self, name: str, rate: float) -> float:
         return rate * groups.rate_scale(self._group[name], self.config)
 
-    def _step_matrices(self, gradients: Mapping[str, Tensor], rate: float, squares: dict[str, list[float]]) -> None:
+    def _step_matrices(self, gradients: Mapping[str, Tensor], rate: float) -> None:
         names = [name for name in gradients if self._kind[name] == "matrix"]
         momentum = self.config.muon.momentum
         directions = {
@@ -109,25 +141,22 @@ class Optimizer:
             if member.parameter in directions:
                 by_shape[member.view(directions[member.parameter]).shape].append(member)
         parts: list[tuple[list[Tensor], list[Tensor], list[float]]] = []
-        for shape, same in by_shape.items():
+        for same in by_shape.values():
             weights = [member.view(self._masters[member.parameter]) for member in same]
             views = [member.view(directions[member.parameter]) for member in same]
             rates = [self._rate(member.parameter, rate) for member in same]
             parts += [(weights[part], views[part], rates[part]) for part in muon.batches(weights)]
-            # An orthogonal matrix has min(R, C) singular values 1: the change's sum of squares follows from its scale.
-            rows, columns = shape
-            change = muon.update_scale(rows, columns, self.config.muon) ** 2 * min(rows, columns)
-            for member, of_member in zip(same, rates, strict=True):
-                squares[member.group].append(change * of_member**2)
         for _ in self._map(lambda part: muon.update(part[0], part[1], part[2], self.config.muon), parts):
             pass
 
-    def _step_others(self, gradients: Mapping[str, Tensor], rate: float, squares: dict[str, list[float]]) -> None:
+    def _step_others(self, gradients: Mapping[str, Tensor], rate: float) -> dict[str, Tensor]:
+        """The change of each tensor, decay apart."""
+        changes = {}
         for name, gradient in gradients.items():
             if self._kind[name] == "matrix":
                 continue
             updates = self._state[f"updates/{name}"].add_(1)
-            change = adamw.update(
+            changes[name] = adamw.update(
                 self._masters[name],
                 gradient,
                 self._state[f"exp_avg/{name}"],
@@ -137,7 +166,7 @@ class Optimizer:
                 weight_decay=groups.decay(self._kind[name], self.config),
                 config=self.config.adamw,
             )
-            squares[self._group[name]].append(float(change.double().square_().sum()))
+        return changes
 
 
 def _master(parameter: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from model import names
 from model.config import AttentionMode
 from model.init import initialize
 from model.transformer import Transformer
+from optim import groups
 from optim.groups import Member
 from optim.optimizer import Optimizer
 from optim.state import copy_exactly
@@ -29,12 +30,13 @@ from trainer.step import Parts
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Built:
-    """Everything a loop needs. plans: what each step does, by number."""
+    """Everything a loop needs. plans: what each step does, by number. table: which optimizer updates what, as text."""
 
     config: TrainConfig
     data: Data
     parts: Parts
     plans: StepPlans
+    table: str
 
     def tensors(self) -> dict[str, Tensor]:
         """All tensors of a checkpoint: the model's parameters and buffers, and the optimizer's state."""
@@ -102,7 +104,8 @@ def build(config: TrainConfig, data: Data, device: torch.device) -> Built:
         groups={one.parameter: one.group for one in logicals},
         device=device,
     )
-    return Built(config=config, data=data, parts=parts, plans=schedule.plan(config.schedule))
+    table = groups.table(members(logicals), shared, config.optim)
+    return Built(config=config, data=data, parts=parts, plans=schedule.plan(config.schedule), table=table)
 
 
 def members(logicals: Iterable[names.Logical]) -> list[Member]:

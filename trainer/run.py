@@ -83,7 +83,7 @@ def train(
     session.say(f"run {made.path} on {device}, {config.precision.dtype}, {config.threads} threads")
     session.say(f"kernels: {kernels}")
     try:
-        session.say(built.parts.optimizer.table())
+        session.say(built.table)
         return _run(built, made, facts, None, session)
     finally:
         made.release()

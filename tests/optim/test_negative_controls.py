@@ -85,7 +85,7 @@ def _joined_series(patch: pytest.MonkeyPatch) -> None:
         return [one for one in real() if one.parameter != "series"] + [whole]
 
     parts = checks.members()
-    patch.setattr(optimizer.groups, "check", lambda given, config: None)
+    patch.setattr(optimizer.groups, "check", lambda known, config: None)
     init = optimizer.Optimizer.__init__
     patch.setattr(
         optimizer.Optimizer,
