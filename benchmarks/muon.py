@@ -24,7 +24,6 @@ import torch
 from torch import Tensor
 
 from benchmarks import model_cpu, report
-from benchmarks.newton_schulz import iterations_flop
 from data.batch import Batch
 from launch.compose import compose
 from model.config import InitConfig, ModelConfig
@@ -34,6 +33,7 @@ from model.names import logical_tensors
 from model.transformer import Transformer
 from optim.config import MuonConfig, OptimConfig
 from optim.groups import Member
+from optim.iterations import iterations_flop
 from optim.optimizer import Optimizer
 from trainer import row
 from trainer.build import members

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from benchmarks import gpu, report
 from optim import newton_schulz
-from optim.newton_schulz import COEFFICIENTS
+from optim.iterations import COEFFICIENTS, iterations_flop
 
 SHAPES = {"expert": (2048, 4096), "wq_b": (1024, 32768), "wkv": (512, 4096), "square": (4096, 4096)}
 TINY = {"wide": (32, 128), "square": (32, 32)}
@@ -50,12 +50,6 @@ def _rows(name: str, R: int, C: int, where: gpu.Place) -> list[tuple[str, ...]]:
         spectrum = f"{values.min():.4f} to {values.max():.4f}"
         cells.append((name, form, f"{seconds * 1e3:.3f}", f"{flop / seconds / 1e12:.4g}", spectrum))
     return cells
-
-
-def iterations_flop(*sides: int) -> int:
-    """FLOP of all iterations on one matrix, R its smaller side: X X^T, its square, and the product of the two."""
-    R, C = sorted(sides)
-    return len(COEFFICIENTS) * 2 * (R * R * C + R**3 + R * R * C)
 
 
 def _matrix(R: int, C: int, device: torch.device) -> Tensor:

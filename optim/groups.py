@@ -1,15 +1,18 @@
 """Which rule updates which logical tensor, as data and as one printed table (R 2.4; spec 5.1).
 
 kind matrix: Muon. table (embedding, head): AdamW with decay. vector (norms, sinks, biases, gates): AdamW without.
+Nothing here needs torch, so that a plan can be made without it.
 """
 
+import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Literal
 
 from optim.config import OptimConfig
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -27,10 +30,19 @@ class Member:
     def rule(self) -> str:
         return "Muon" if self.kind == "matrix" else "AdamW"
 
-    def view(self, tensor: Tensor) -> Tensor:
+    def view(self, tensor: "Tensor") -> "Tensor":
         """The member's part of a tensor shaped like its parameter; matrices as [R, C]."""
         part = tensor[self.start : self.stop]
         return part.squeeze(0) if part.dim() == 3 else part
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Span:
+    """Rows start:stop of a parameter, counted in the whole one: adjacent members with one owner."""
+
+    parameter: str
+    start: int
+    stop: int
 
 
 def rate_scale(group: str, config: OptimConfig) -> float:
@@ -46,7 +58,7 @@ def check(known: Collection[str], config: OptimConfig) -> None:
                 raise ValueError(f"{key} = {group}: expected one of {', '.join(sorted(known))}")
 
 
-def check_cover(members: Sequence[Member], parameters: Mapping[str, Tensor]) -> None:
+def check_cover(members: Sequence[Member], parameters: Mapping[str, "Tensor"]) -> None:
     """Raise ValueError unless every row of every parameter is in exactly one member, all of one kind and one group."""
     by_parameter: dict[str, list[Member]] = {name: [] for name in parameters}
     for member in members:
@@ -74,17 +86,18 @@ def decay(kind: str, config: OptimConfig) -> float:
     return {"matrix": config.muon.weight_decay, "table": config.adamw.weight_decay, "vector": 0.0}[kind]
 
 
-def table(members: Sequence[Member], parameters: Mapping[str, Tensor], config: OptimConfig) -> str:
-    """The assignment as text: one line per group and rule, with totals."""
+def table(members: Sequence[Member], shapes: Mapping[str, Sequence[int]], config: OptimConfig) -> str:
+    """The assignment as text: one line per group and rule, with totals. A table in parts is one tensor."""
     lines = [("group", "rule", "tensors", "parameters", "decay", "rate x", "")]
     total_tensors = total_size = 0
     for group, kind in sorted({(member.group, member.kind) for member in members}):
         chosen = [member for member in members if (member.group, member.kind) == (group, kind)]
-        size = sum(member.view(parameters[member.parameter]).numel() for member in chosen)
+        size = sum((member.stop - member.start) * math.prod(shapes[member.parameter][1:]) for member in chosen)
+        tensors = len({member.parameter for member in chosen} if kind == "table" else chosen)
         frozen = "frozen" if group in config.freeze else ""
         scale = f"{rate_scale(group, config):g}"
-        lines.append((group, chosen[0].rule, f"{len(chosen)}", f"{size}", f"{decay(kind, config):g}", scale, frozen))
-        total_tensors, total_size = total_tensors + len(chosen), total_size + size
+        lines.append((group, chosen[0].rule, f"{tensors}", f"{size}", f"{decay(kind, config):g}", scale, frozen))
+        total_tensors, total_size = total_tensors + tensors, total_size + size
     lines.append(("total", "", f"{total_tensors}", f"{total_size}", "", "", ""))
     return _aligned(lines, left={0, 1, 6})
 

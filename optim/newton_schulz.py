@@ -12,11 +12,8 @@ one by one. Without either, 6 of 29 shapes had other fp64 bits in a batch of two
 import torch
 from torch import Tensor
 
-FAST = (3.4445, -4.7750, 2.0315)
-"""Coefficients (a, b, c) of the first eight iterations: small singular values grow fast, none settles."""
-EXACT = (2.0, -1.5, 0.5)
-"""Coefficients of the last two: singular values near 1 converge to 1."""
-COEFFICIENTS = (FAST,) * 8 + (EXACT,) * 2
+from optim.iterations import COEFFICIENTS
+
 ALIGNMENT = 16
 """Elements: 64 bytes in fp32, 128 in fp64."""
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from optim import adamw, groups, muon, newton_schulz, optimizer
+from optim.iterations import FAST
 from tests.optim import checks
 from tests.optim.checks import check_against_oracle
 
@@ -42,11 +43,11 @@ def _moonlight_scale(patch: pytest.MonkeyPatch) -> None:
 
 
 def _five_fast_steps(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(newton_schulz, "COEFFICIENTS", (newton_schulz.FAST,) * 5)
+    patch.setattr(newton_schulz, "COEFFICIENTS", (FAST,) * 5)
 
 
 def _no_exact_steps(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(newton_schulz, "COEFFICIENTS", (newton_schulz.FAST,) * 10)
+    patch.setattr(newton_schulz, "COEFFICIENTS", (FAST,) * 10)
 
 
 def _no_decay(patch: pytest.MonkeyPatch) -> None:

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from optim.newton_schulz import COEFFICIENTS, orthogonalize
+from optim.iterations import COEFFICIENTS
+from optim.newton_schulz import orthogonalize
 from tests.oracles.muon import hybrid_newton_schulz, polar_factor
 
 SHAPES = [(1, 1), (1, 7), (7, 1), (4, 512), (16, 64), (24, 512), (33, 65), (64, 16), (127, 31), (128, 128)]
