@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 
 from trainer import checkpoint, provenance
+from trainer.pieces import whole
 from trainer.writer import Writer
 
 
@@ -36,11 +37,11 @@ def main(mebibytes: int) -> None:
         writer = Writer(folder, keep_last=2, keep_every_steps=0)
         seconds = {
             "sha256": timed(lambda: [hashlib.sha256(tensor.numpy()).digest() for tensor in tensors.values()]),
-            "save": timed(lambda: checkpoint.save(folder, 1, tensors, {})),
+            "save": timed(lambda: checkpoint.save(folder, 1, whole(tensors), {})),
             "load": timed(lambda: checkpoint.load(folder / "step-000001")),
-            "submit, first": timed(lambda: writer.submit(2, tensors, {})),
+            "submit, first": timed(lambda: writer.submit(2, whole(tensors), {})),
             "write behind it": timed(writer.wait),
-            "submit, later": timed(lambda: writer.submit(3, tensors, {})),
+            "submit, later": timed(lambda: writer.submit(3, whole(tensors), {})),
         }
         writer.close()
     print(f"{platform.machine()}, {provenance.facts(device='cpu', dtype='fp32')}")

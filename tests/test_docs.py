@@ -20,6 +20,7 @@ from launch import test as test_verb
 from launch.compose import CONFIGS, compose
 from tests.test_style import DOORS
 from trainer import checkpoint, metrics
+from trainer.pieces import whole
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("benchmarks/**/*.md")])
@@ -169,7 +170,8 @@ def test_python_examples_run(path: Path, tmp_path: Path, monkeypatch: pytest.Mon
     run = tmp_path / "runs" / "debug-7f3a"
     run.mkdir(parents=True)
     (run / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2, "validation/loss": 3.5}\n')
-    checkpoint.save(run / "checkpoints", 72, {"model/embed.weight": torch.ones(2), "optimizer/x": torch.ones(1)}, {})
+    tensors = {"model/embed.weight": torch.ones(2), "optimizer/x": torch.ones(1)}
+    checkpoint.save(run / "checkpoints", 72, whole(tensors), {})
     (tmp_path / "tests").symlink_to(ROOT / "tests")
     monkeypatch.chdir(tmp_path)
     for language, code in FENCE.findall(path.read_text(encoding="utf-8")):

@@ -1,6 +1,6 @@
 """From configuration to the parts of a step: model, optimizer, sums, in the order that matters."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -16,13 +16,14 @@ from model.transformer import Transformer
 from optim import groups
 from optim.groups import Member
 from optim.optimizer import Optimizer
-from optim.state import copy_exactly
 from trainer import schedule
 from trainer.config import TrainConfig
 from trainer.device import DTYPES
 from trainer.parallel.apply import apply_kernels, choose_kernels
 from trainer.parallel.reduce import ExactSum
+from trainer.pieces import whole
 from trainer.pool import RowPool
+from trainer.reader import Reader, restore
 from trainer.schedule import StepPlans
 from trainer.schedule_config import ScheduleConfig
 from trainer.step import Parts
@@ -47,21 +48,19 @@ class Built:
         """`tensors` and what else has a name: the sums of the gradients."""
         return self.tensors() | {f"sums/{name}": total for name, total in self.parts.sums.totals().items()}
 
-    def restore(self, tensors: dict[str, Tensor]) -> None:
+    def restore(self, saved: Reader) -> None:
         """Put back what `tensors` gave; raises ValueError unless names, shapes and dtypes are the same."""
-        restore_model(self.parts.model, tensors)
-        prefix = "optimizer/"
-        state = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
-        self.parts.optimizer.load_state_dict(state)
+        tensors = self.tensors()
+        restore(saved, whole(tensors), tensors.keys())
 
 
-def restore_model(model: Transformer, tensors: Mapping[str, Tensor]) -> None:
-    """Copy the tensors named model/... of a checkpoint into the model.
+def restore_model(model: Transformer, saved: Reader) -> None:
+    """Read the tensors named model/... of a checkpoint into the model.
 
     Raises ValueError unless names, shapes and dtypes are the model's.
     """
-    values = {name.removeprefix("model/"): value for name, value in tensors.items() if name.startswith("model/")}
-    copy_exactly(names.tensors(model), values, "model")
+    tensors = {f"model/{name}": tensor for name, tensor in names.tensors(model).items()}
+    restore(saved, whole(tensors), tensors.keys(), prefix="model/")
 
 
 def attention_after(config: ScheduleConfig, done: int) -> AttentionMode:

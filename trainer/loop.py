@@ -10,6 +10,7 @@ from trainer.build import Built
 from trainer.debug.profile import Profiler
 from trainer.folder import RunFolder
 from trainer.observe import Observer
+from trainer.pieces import whole
 from trainer.progress import Progress
 from trainer.step import train_step
 from trainer.stop import Stop
@@ -70,7 +71,7 @@ def run_steps(built: Built, outlets: Outlets, observer: Observer, first_step: in
 def save(built: Built, outlets: Outlets, done: int) -> None:
     """Hand the state after `done` steps to the writer; its tensors and a JSON state are all that a resume needs."""
     outlets.folder.sync_metrics()
-    outlets.writer.submit(done, built.tensors(), {"step": done, "facts": dict(outlets.facts)})
+    outlets.writer.submit(done, whole(built.tensors()), {"step": done, "facts": dict(outlets.facts)})
 
 
 def _emit(outlets: Outlets, row: dict[str, Any]) -> None:

@@ -129,15 +129,14 @@ def _restore(
 ) -> tuple[int | None, list[str]]:
     """The step of the newest checkpoint that verifies, None without one, and what may change the bits after it.
 
-    Its tensors are copied, so that none of them is held while the run goes on.
+    Its tensors are read one after the other into their places, so that none of them is held besides.
     """
-    found = checkpoint.recover(run_folder.checkpoints, session.say)
-    if found is None:
+    saved = checkpoint.recover(run_folder.checkpoints, session.say)
+    if saved is None:
         return None, []
-    _, loaded = found
-    changes = _refuse_changes(loaded.state["facts"], facts, session)
-    built.restore(loaded.tensors)
-    return loaded.step, changes
+    changes = _refuse_changes(saved.state["facts"], facts, session)
+    built.restore(saved)
+    return saved.step, changes
 
 
 def _run(

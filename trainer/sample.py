@@ -14,11 +14,11 @@ from model.decode import prefill, step
 from model.transformer import Transformer
 from trainer import checkpoint
 from trainer.build import attention_after, build_model, read_data, restore_model
-from trainer.checkpoint import Loaded
 from trainer.config import SampleConfig, TrainConfig
 from trainer.device import settle
 from trainer.folder import RunFolder
 from trainer.manifest import CheckpointError
+from trainer.reader import Reader
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -44,27 +44,29 @@ def sample_run(
     Raises ValueError where there is none or it is damaged.
     """
     device = settle(config)
-    loaded = _load(run_folder, at_step)
+    saved = _open(run_folder, at_step)
     data = read_data(config, lambda line: None)
     model = build_model(config, device)
-    restore_model(model, loaded.tensors)
-    mode = attention_after(config.schedule, loaded.step)
-    return loaded.step, generate(model, data.tokenizer, prompts, sampling, mode, seed)
+    restore_model(model, saved)
+    mode = attention_after(config.schedule, saved.step)
+    return saved.step, generate(model, data.tokenizer, prompts, sampling, mode, seed)
 
 
-def _load(run_folder: RunFolder, at_step: int | None) -> Loaded:
+def _open(run_folder: RunFolder, at_step: int | None) -> Reader:
     if at_step is None:
         found = checkpoint.newest_valid(run_folder.checkpoints, lambda line: None)
         if found is None:
             raise ValueError(f"run = {run_folder.path}: expected a run with a checkpoint, this one has none yet")
-        return found[1]
+        return found
     there = checkpoint.steps(run_folder.checkpoints)
     if at_step not in there:
         raise ValueError(f"--step = {at_step}: expected one of {', '.join(map(str, there)) or 'none yet'}")
     try:
-        return checkpoint.load(there[at_step])
+        saved = Reader(there[at_step])
+        saved.verify()
     except CheckpointError as error:
         raise ValueError(f"--step = {at_step}: expected a checkpoint that verifies: {error}") from error
+    return saved
 
 
 def generate(

@@ -21,9 +21,11 @@ from trainer.build import read_data
 from trainer.config import TrainConfig
 from trainer.debug.crash import CONFIG, REPORT, load
 from trainer.folder import RunFolder
+from trainer.manifest import data_file
 from trainer.run import train
 from trainer.step import train_step
 
+DATA = data_file(0)
 STEP = 7
 """The step that fails: the second of the sparse stage; the checkpoint before it is of step 6."""
 WARM_UP_STEP = 4
@@ -226,7 +228,7 @@ def test_a_step_that_fails_again_replaces_its_crash_folder(
     assert (crash_of(run) / "manifest.json").read_bytes() == before
 
 
-@pytest.mark.parametrize("file", [checkpoint.DATA, CONFIG, REPORT])
+@pytest.mark.parametrize("file", [DATA, CONFIG, REPORT])
 def test_a_full_disk_leaves_the_message(
     file: str, config: TrainConfig, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -241,7 +243,7 @@ def test_a_full_disk_leaves_the_message(
             raise OSError("no space left")
         write(path, content)
 
-    if file == checkpoint.DATA:
+    if file == DATA:
         monkeypatch.setattr("trainer.debug.crash.checkpoint.save", save)
         monkeypatch.setattr(loop, "save", lambda *arguments: None)
     monkeypatch.setattr(durable, "write", full)
@@ -258,7 +260,7 @@ def test_what_cannot_be_replayed_is_one_line(
     run, _ = crashed(config, capfd)
     crash, damaged = crash_of(run), crash_of(run).with_name("step-000007-damaged")
     shutil.copytree(crash, damaged)
-    os.truncate(damaged / checkpoint.DATA, 1000)
+    os.truncate(damaged / DATA, 1000)
     refused = {
         f"--replay {run.path}": "expected a crash folder, such as RUN/crashes/step-000123",
         f"--replay {run.path}/nothing": "expected a crash folder, such as RUN/crashes/step-000123",

@@ -18,11 +18,13 @@ from trainer import checkpoint, journal, loop
 from trainer.build import Built
 from trainer.config import TrainConfig
 from trainer.folder import RunFolder
+from trainer.manifest import data_file
 from trainer.run import resume, train
 from trainer.schedule import StepPlan
 from trainer.step import Parts, StepResult
 
 Damage = Callable[[Path], None]
+DATA = data_file(0)
 
 
 def stopped_at(config: TrainConfig, stops: Sequence[int]) -> RunFolder:
@@ -74,10 +76,10 @@ def test_bf16_goes_on_from_its_masters(corpus: Path, tmp_path: Path) -> None:
 
 def truncate(path: Path) -> None:
     """The data file as a full disk or a power cut may leave it."""
-    os.truncate(path / checkpoint.DATA, (path / checkpoint.DATA).stat().st_size - 1)
+    os.truncate(path / DATA, (path / DATA).stat().st_size - 1)
 
 
-def flip_one_bit(path: Path, name: str = checkpoint.DATA) -> None:
+def flip_one_bit(path: Path, name: str = DATA) -> None:
     """One bit of a file, the place drawn with a fixed seed."""
     content = bytearray((path / name).read_bytes())
     draw = random.Random(name)

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 
-from optim.optimizer import Optimizer
 from tests.runs import tiny
 from trainer import checkpoint, journal, run
 from trainer.build import Built
@@ -37,7 +36,7 @@ def shifted_cursor(patch: pytest.MonkeyPatch) -> None:
 
 
 def forgotten_optimizer(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(Optimizer, "load_state_dict", lambda self, state: None)
+    after_restoring(patch, lambda built: [forget(built, "")])
 
 
 def forgotten_momentum(patch: pytest.MonkeyPatch) -> None:
@@ -58,7 +57,7 @@ def repeated_metrics(patch: pytest.MonkeyPatch) -> None:
 
 def after_restoring(patch: pytest.MonkeyPatch, spoil: Callable[[Built], object]) -> None:
     restore = Built.restore
-    patch.setattr(Built, "restore", lambda self, tensors: (restore(self, tensors), spoil(self)))
+    patch.setattr(Built, "restore", lambda self, saved: (restore(self, saved), spoil(self)))
 
 
 def forget(built: Built, prefix: str) -> None:

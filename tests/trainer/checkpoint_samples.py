@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from trainer import checkpoint
+from trainer.pieces import byte_view, whole
 from trainer.writer import Writer
 
 
@@ -44,7 +45,7 @@ def same_bits(left: Tensor, right: Tensor) -> bool:
     return (
         left.dtype == right.dtype
         and left.shape == right.shape
-        and checkpoint.byte_view("left", left).tobytes() == checkpoint.byte_view("right", right).tobytes()
+        and byte_view("left", left).tobytes() == byte_view("right", right).tobytes()
     )
 
 
@@ -61,13 +62,13 @@ def write_for_ever(folder: Path, channel: Connection) -> None:
     """A run in miniature: recovers, goes on from there and saves every step, reporting what is committed."""
     torch.set_num_threads(1)
     found = checkpoint.recover(folder, lambda line: None)
-    step = 0 if found is None else found[1].step
+    step = 0 if found is None else found.step
     writer = Writer(folder, keep_last=2, keep_every_steps=0)
     channel.send(step)
     while True:
         step += 1
         live = tensors_of(step)
-        writer.submit(step, live, state_of(step))
+        writer.submit(step, whole(live), state_of(step))
         for tensor in live.values():
             tensor.zero_()
         if step % 3 == 0:
@@ -89,7 +90,7 @@ def die_at_operation(number: int, folder: Path, step: int, keep_last: int) -> No
         left -= 1
 
     writer = Writer(folder, keep_last=keep_last, keep_every_steps=0)
-    writer.submit(step, tensors_of(step), state_of(step))
+    writer.submit(step, whole(tensors_of(step)), state_of(step))
     writer.close()
 
 

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from tests.trainer.checkpoint_samples import assert_is_step, random_bits, same_bits, state_of, tensors_of
 from trainer import checkpoint
 from trainer.manifest import BLOCK_BYTES, DTYPES, CheckpointError, digest
+from trainer.pieces import whole
 
 FILES = ("COMMIT", "manifest.json", "rank-00000.safetensors")
 
@@ -24,7 +25,7 @@ FILES = ("COMMIT", "manifest.json", "rank-00000.safetensors")
 @pytest.fixture
 def saved(tmp_path: Path) -> Path:
     """A committed checkpoint of step 600, alone in its folder."""
-    return checkpoint.save(tmp_path / "checkpoints", 600, tensors_of(600), state_of(600))
+    return checkpoint.save(tmp_path / "checkpoints", 600, whole(tensors_of(600)), state_of(600))
 
 
 def forge(path: Path, edit: Callable[[dict[str, Any]], None]) -> None:
@@ -55,7 +56,7 @@ def test_every_dtype_and_shape_comes_back(
     tmp_path: Path, dtype: torch.dtype, shape: tuple[int, ...], seed: int
 ) -> None:
     tensor = random_bits(dtype, shape, torch.Generator().manual_seed(seed))
-    loaded = checkpoint.load(checkpoint.save(tmp_path, 1, {"x": tensor}, {}))
+    loaded = checkpoint.load(checkpoint.save(tmp_path, 1, whole({"x": tensor}), {}))
     assert same_bits(loaded.tensors["x"], tensor)
     shutil.rmtree(tmp_path / "step-000001")
 
@@ -69,7 +70,7 @@ def test_views_parameters_and_shared_memory_are_saved_as_what_they_show(tmp_path
         "base": base,
         "parameter": torch.nn.Parameter(base),
     }
-    loaded = checkpoint.load(checkpoint.save(tmp_path, 0, tensors, {})).tensors
+    loaded = checkpoint.load(checkpoint.save(tmp_path, 0, whole(tensors), {})).tensors
     assert all(same_bits(loaded[name], tensor) for name, tensor in tensors.items())
 
 
@@ -100,12 +101,12 @@ def test_state_that_would_come_back_different_is_refused(tmp_path: Path, value: 
 
 def test_an_unsupported_dtype_is_refused_by_name(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"tensor x: torch\.complex64 cannot be saved"):
-        checkpoint.save(tmp_path, 0, {"x": torch.zeros(2, dtype=torch.complex64)}, {})
+        checkpoint.save(tmp_path, 0, whole({"x": torch.zeros(2, dtype=torch.complex64)}), {})
 
 
 def test_the_name_that_safetensors_keeps_for_itself_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="tensor __metadata__: expected another name"):
-        checkpoint.save(tmp_path, 0, {"__metadata__": torch.zeros(2)}, {})
+        checkpoint.save(tmp_path, 0, whole({"__metadata__": torch.zeros(2)}), {})
 
 
 # damage
@@ -128,7 +129,7 @@ def test_one_flipped_bit_anywhere_is_found(saved: Path) -> None:
 
 @pytest.mark.slow
 def test_every_single_bit_of_a_small_checkpoint_is_guarded(tmp_path: Path) -> None:
-    path = checkpoint.save(tmp_path, 1, {"a": torch.randn(3), "b": torch.tensor(1)}, {"step": 1})
+    path = checkpoint.save(tmp_path, 1, whole({"a": torch.randn(3), "b": torch.tensor(1)}), {"step": 1})
     for file in FILES:
         content = (path / file).read_bytes()
         for position in range(8 * len(content)):
@@ -162,7 +163,7 @@ def test_a_missing_file_is_named(saved: Path, file: str) -> None:
 
 @pytest.mark.parametrize("file", FILES)
 def test_a_file_of_another_checkpoint_is_found(saved: Path, file: str) -> None:
-    other = checkpoint.save(saved.parent, 700, tensors_of(700), state_of(700))
+    other = checkpoint.save(saved.parent, 700, whole(tensors_of(700)), state_of(700))
     shutil.copy(other / file, saved / file)
     with pytest.raises(CheckpointError):
         checkpoint.load(saved)
@@ -176,10 +177,11 @@ def test_all_files_of_another_checkpoint_are_found(saved: Path) -> None:
 
 def test_the_error_names_file_tensor_and_bytes(tmp_path: Path) -> None:
     size = BLOCK_BYTES // 8 + 10
-    path = checkpoint.save(tmp_path, 1, {"first": torch.zeros(size, dtype=torch.int64), "second": torch.ones(1)}, {})
+    tensors = {"first": torch.zeros(size, dtype=torch.int64), "second": torch.ones(1)}
+    path = checkpoint.save(tmp_path, 1, whole(tensors), {})
     data = path / "rank-00000.safetensors"
     content = bytearray(data.read_bytes())
-    start = json.loads((path / "manifest.json").read_text())["tensors"]["first"]["start"]
+    start = json.loads((path / "manifest.json").read_text())["tensors"]["first"]["pieces"][0]["start"]
     content[start + BLOCK_BYTES + 3] ^= 1
     data.write_bytes(content)
     where = f"tensor first, bytes {start + BLOCK_BYTES} to {start + 8 * size}"
@@ -190,7 +192,17 @@ def test_the_error_names_file_tensor_and_bytes(tmp_path: Path) -> None:
 def point_outside(manifest: dict[str, Any]) -> None:
     manifest["files"] = {"../../secret": manifest["files"]["rank-00000.safetensors"]}
     for tensor in manifest["tensors"].values():
-        tensor["file"] = "../../secret"
+        tensor["pieces"][0]["file"] = "../../secret"
+
+
+def bias(manifest: dict[str, Any]) -> dict[str, Any]:
+    """The one piece of a tensor of 1024 rows."""
+    return manifest["tensors"]["router/bias"]["pieces"][0]
+
+
+def last(manifest: dict[str, Any]) -> str:
+    """The tensor at the end of the file."""
+    return max(manifest["tensors"], key=lambda name: manifest["tensors"][name]["pieces"][0]["stop"])
 
 
 FORGERIES: dict[str, Callable[[dict[str, Any]], None]] = {
@@ -199,19 +211,26 @@ FORGERIES: dict[str, Callable[[dict[str, Any]], None]] = {
     "other block size": lambda m: m.update(block_bytes=1 << 30),
     "no tensors": lambda m: m.pop("tensors"),
     "a gap": lambda m: m["tensors"].pop("router/bias"),
-    "a gap at the end": lambda m: m["tensors"].pop(max(m["tensors"], key=lambda name: m["tensors"][name]["stop"])),
+    "a gap at the end": lambda m: m["tensors"].pop(last(m)),
     "an overlap": lambda m: m["tensors"].update(copy=m["tensors"]["router/bias"]),
     "an enormous shape": lambda m: m["tensors"]["router/bias"].update(shape=[2**60]),
     "a negative shape": lambda m: m["tensors"]["model/embed.weight"].update(shape=[-64, -96]),
     "an unknown dtype": lambda m: m["tensors"]["router/bias"].update(dtype="object"),
-    "a missing hash": lambda m: m["tensors"]["router/bias"].update(hashes=[]),
+    "a missing hash": lambda m: bias(m).update(hashes=[]),
     "a shape of fractions": lambda m: m["tensors"]["router/bias"].update(shape=[1024.0]),
-    "a start that is text": lambda m: m["tensors"]["router/bias"].update(start="0"),
+    "a start that is text": lambda m: bias(m).update(start="0"),
     "a step that is text": lambda m: m.update(step="600"),
     "a state that is a list": lambda m: m.update(state=[]),
     "an entry that is a list": lambda m: m["tensors"].update({"router/bias": []}),
     "a file that is a list": lambda m: m.update(files=[]),
     "a missing file entry": lambda m: m.update(files={}),
+    "rows of fractions": lambda m: bias(m).update(stop_row=1024.0),
+    "rows before the first": lambda m: bias(m).update(start_row=-1),
+    "a first row that is missing": lambda m: bias(m).update(start_row=1),
+    "a last row that is missing": lambda m: bias(m).update(stop_row=1023),
+    "a row too many": lambda m: bias(m).update(stop_row=1025),
+    "no pieces": lambda m: m["tensors"]["router/bias"].update(pieces=[]),
+    "rows twice": lambda m: m["tensors"]["router/bias"]["pieces"].append(bias(m)),
 }
 
 

@@ -24,6 +24,8 @@ from tests.trainer.checkpoint_samples import (
 )
 from trainer import checkpoint, durable
 from trainer.manifest import CheckpointError
+from trainer.pieces import whole
+from trainer.reader import read_manifest
 from trainer.writer import Writer
 
 
@@ -60,10 +62,10 @@ def kill_many_times(processes: ForkServerContext, folder: Path, times: int, seed
     for _ in range(times):
         committed = kill_while_writing(processes, folder, draw.uniform(0.0, 0.12))
         found = checkpoint.newest_valid(folder, lambda line: None)
-        step = 0 if found is None else found[1].step
+        step = 0 if found is None else found.step
         assert step >= max(committed, newest), "a checkpoint that was complete is gone"
         if found is not None:
-            assert_is_step(found[1], step)
+            assert_is_step(checkpoint.load(found.path), step)
         newest = step
     return newest
 
@@ -80,7 +82,7 @@ def test_killed_thirty_times_nothing_is_lost(processes: ForkServerContext, tmp_p
 def is_whole(path: Path) -> bool:
     """Whether a folder that looks committed is; one that does not look so is no danger."""
     try:
-        checkpoint.read_manifest(path)
+        read_manifest(path)
     except CheckpointError:
         return True
     return checkpoint.load(path).step > 0
@@ -89,7 +91,7 @@ def is_whole(path: Path) -> bool:
 def test_dying_before_each_operation_leaves_the_old_or_the_new(processes: ForkServerContext, tmp_path: Path) -> None:
     base = tmp_path / "base"
     for step in (1, 2):
-        checkpoint.save(base, step, tensors_of(step), state_of(step))
+        checkpoint.save(base, step, whole(tensors_of(step)), state_of(step))
     found_steps = []
     for number in range(100):
         folder = tmp_path / "run"
@@ -100,14 +102,14 @@ def test_dying_before_each_operation_leaves_the_old_or_the_new(processes: ForkSe
         child.join()
         found = checkpoint.newest_valid(folder, lambda line: None)
         assert found is not None
-        assert_is_step(found[1], found[1].step)
-        found_steps.append(found[1].step)
+        assert_is_step(checkpoint.load(found.path), found.step)
+        found_steps.append(found.step)
         assert all(is_whole(path) for path in checkpoint.steps(folder).values())
         again = checkpoint.recover(folder, lambda line: None)
         assert again is not None
-        assert again[1].step == found[1].step
+        assert again.step == found.step
         writer = Writer(folder, keep_last=2, keep_every_steps=0)
-        writer.submit(3, tensors_of(3), state_of(3))
+        writer.submit(3, whole(tensors_of(3)), state_of(3))
         writer.close()
         assert_is_step(checkpoint.load(folder / "step-000003"), 3)
         assert not [path for path in folder.iterdir() if path.name.startswith(".")]
@@ -137,7 +139,7 @@ def test_everything_is_on_the_disk_before_the_name_and_the_name_before_the_commi
     monkeypatch.setattr(os, "fsync", synced)
     monkeypatch.setattr(os, "rename", lambda a, b: (note("name", b), rename(a, b)))
     monkeypatch.setattr(os, "replace", lambda a, b: (note("name", b), replace(a, b)))
-    checkpoint.save(tmp_path, 7, tensors_of(7), {})
+    checkpoint.save(tmp_path, 7, whole(tensors_of(7)), {})
     for number, operation in enumerate(seen):
         where.setdefault(operation, number)
     working, final = ".writing-step-000007", "step-000007"
@@ -163,8 +165,8 @@ def test_everything_is_on_the_disk_before_the_name_and_the_name_before_the_commi
 def test_a_full_disk_is_named_and_leaves_everything_as_it_was(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: str
 ) -> None:
-    checkpoint.save(tmp_path, 1, tensors_of(1), state_of(1))
-    checkpoint.save(tmp_path, 2, tensors_of(2), state_of(2))
+    checkpoint.save(tmp_path, 1, whole(tensors_of(1)), state_of(1))
+    checkpoint.save(tmp_path, 2, whole(tensors_of(2)), state_of(2))
     real = durable.sync
 
     def full(path: Path) -> None:
@@ -176,18 +178,18 @@ def test_a_full_disk_is_named_and_leaves_everything_as_it_was(
         with monkeypatch.context() as patch:
             patch.setattr(durable, "sync", full)
             with pytest.raises(CheckpointError, match=rf"step-00000{step}: not saved: .*No space left on device"):
-                checkpoint.save(tmp_path, step, tensors_of(99), {})
+                checkpoint.save(tmp_path, step, whole(tensors_of(99)), {})
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-000001", "step-000002"]
     assert_is_step(checkpoint.load(tmp_path / "step-000002"), 2)
 
 
 def test_a_real_limit_on_file_size_is_named(tmp_path: Path) -> None:
-    checkpoint.save(tmp_path, 1, tensors_of(1), state_of(1))
+    checkpoint.save(tmp_path, 1, whole(tensors_of(1)), state_of(1))
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
     try:
         with pytest.raises(CheckpointError, match=r"step-000002: not saved: .*File too large"):
-            checkpoint.save(tmp_path, 2, tensors_of(2), {})
+            checkpoint.save(tmp_path, 2, whole(tensors_of(2)), {})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert [path.name for path in tmp_path.iterdir()] == ["step-000001"]
@@ -208,12 +210,12 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 def test_a_disk_that_fills_up_keeps_the_last_whole_checkpoint(small_disk: Path) -> None:
     def save_many() -> None:
         for step in range(1, 20):
-            checkpoint.save(small_disk, step, tensors_of(step), state_of(step))
+            checkpoint.save(small_disk, step, whole(tensors_of(step)), state_of(step))
 
     with pytest.raises(CheckpointError, match="No space left on device"):
         save_many()
     found = checkpoint.newest_valid(small_disk, pytest.fail)
     assert found is not None
-    assert found[1].step > 1
-    assert_is_step(found[1], found[1].step)
+    assert found.step > 1
+    assert_is_step(checkpoint.load(found.path), found.step)
     assert not [path for path in small_disk.iterdir() if path.name.startswith(".")]

@@ -7,13 +7,14 @@ import pytest
 import torch
 
 from tests.trainer.checkpoint_samples import assert_is_step, same_bits, state_of, tensors_of
-from trainer import checkpoint
+from trainer import checkpoint, shard
 from trainer.manifest import CheckpointError
+from trainer.pieces import whole
 from trainer.writer import Writer, prune
 
 
 def save(folder: Path, *steps: int) -> list[Path]:
-    return [checkpoint.save(folder, step, tensors_of(step), state_of(step)) for step in steps]
+    return [checkpoint.save(folder, step, whole(tensors_of(step)), state_of(step)) for step in steps]
 
 
 def names(folder: Path) -> list[str]:
@@ -31,11 +32,11 @@ def damage(path: Path) -> None:
 
 def test_tensors_may_change_in_place_as_soon_as_submit_returns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     gate = threading.Event()
-    real = checkpoint.serialize_file
-    monkeypatch.setattr(checkpoint, "serialize_file", lambda *a: (gate.wait(10), real(*a)))
+    real = shard.serialize_file
+    monkeypatch.setattr(shard, "serialize_file", lambda *a: (gate.wait(10), real(*a)))
     writer = Writer(tmp_path, 3, 0)
     live, state = tensors_of(1), {"cursor": [1]}
-    writer.submit(1, live, state)
+    writer.submit(1, whole(live), state)
     for tensor in live.values():
         tensor.zero_()
     state["cursor"].append(2)
@@ -50,12 +51,12 @@ def test_submit_does_not_wait_for_the_disk_but_for_the_one_before(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     gate, second_done = threading.Event(), threading.Event()
-    real = checkpoint.serialize_file
-    monkeypatch.setattr(checkpoint, "serialize_file", lambda *a: (gate.wait(10), real(*a)))
+    real = shard.serialize_file
+    monkeypatch.setattr(shard, "serialize_file", lambda *a: (gate.wait(10), real(*a)))
     writer = Writer(tmp_path, 3, 0)
-    writer.submit(1, tensors_of(1), state_of(1))
+    writer.submit(1, whole(tensors_of(1)), state_of(1))
     assert names(tmp_path) in ([], [".writing-step-000001"])
-    second = threading.Thread(target=lambda: (writer.submit(2, tensors_of(2), state_of(2)), second_done.set()))
+    second = threading.Thread(target=lambda: (writer.submit(2, whole(tensors_of(2)), state_of(2)), second_done.set()))
     second.start()
     assert not second_done.wait(0.1)
     gate.set()
@@ -70,8 +71,8 @@ def test_the_next_snapshot_may_have_other_names_shapes_and_dtypes(tmp_path: Path
     writer = Writer(tmp_path, 3, 0)
     first = {"a": torch.ones(3), "b": torch.ones(2, 2), "c": torch.ones(4)}
     second = {"a": torch.zeros(5), "b": torch.ones(2, 2, dtype=torch.int64), "d": torch.ones(4).mul(2)[::2]}
-    writer.submit(1, first, {})
-    writer.submit(2, second, {})
+    writer.submit(1, whole(first), {})
+    writer.submit(2, whole(second), {})
     writer.close()
     for step, wanted in ((1, first), (2, second)):
         loaded = checkpoint.load(tmp_path / f"step-{step:06d}").tensors
@@ -88,13 +89,13 @@ def test_an_error_in_the_background_surfaces_once(
 
     writer = Writer(tmp_path, 3, 0)
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "serialize_file", refuse)
-        writer.submit(1, tensors_of(1), {})
+        patch.setattr(shard, "serialize_file", refuse)
+        writer.submit(1, whole(tensors_of(1)), {})
         with pytest.raises(CheckpointError, match=r"step-000001: not saved: .*No space left on device"):
             writer.submit(2, {}, {}) if surfaces_at == "submit" else getattr(writer, surfaces_at)()
     assert names(tmp_path) == []
     if surfaces_at != "close":
-        writer.submit(2, tensors_of(2), state_of(2))
+        writer.submit(2, whole(tensors_of(2)), state_of(2))
         writer.close()
         assert_is_step(checkpoint.load(tmp_path / "step-000002"), 2)
 
@@ -102,10 +103,10 @@ def test_an_error_in_the_background_surfaces_once(
 def test_an_unexpected_error_in_the_background_is_a_checkpoint_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(checkpoint, "serialize_file", lambda *_: 1 / 0)
+    monkeypatch.setattr(shard, "serialize_file", lambda *_: 1 / 0)
     writer = Writer(tmp_path, 3, 0)
-    writer.submit(7, {}, {})
-    with pytest.raises(CheckpointError, match="step 7: ZeroDivisionError"):
+    writer.submit(7, whole(tensors_of(7)), {})
+    with pytest.raises(CheckpointError, match="step-000007: not saved: ZeroDivisionError"):
         writer.close()
 
 
@@ -159,8 +160,8 @@ def test_the_newest_is_used_and_nothing_reported(tmp_path: Path) -> None:
     paths, lines = save(tmp_path, 90, 999_999, 1_000_000), []
     found = checkpoint.newest_valid(tmp_path, lines.append)
     assert found is not None
-    assert (found[0], lines) == (paths[2], [])
-    assert_is_step(found[1], 1_000_000)
+    assert (found.path, lines) == (paths[2], [])
+    assert_is_step(checkpoint.load(found.path), 1_000_000)
 
 
 def test_damaged_ones_are_reported_and_the_one_before_used(tmp_path: Path) -> None:
@@ -170,7 +171,7 @@ def test_damaged_ones_are_reported_and_the_one_before_used(tmp_path: Path) -> No
     before = names(tmp_path)
     found = checkpoint.newest_valid(tmp_path, lines.append)
     assert found is not None
-    assert_is_step(found[1], 1)
+    assert_is_step(checkpoint.load(found.path), 1)
     assert names(tmp_path) == before
     assert len(lines) == 2
     assert "step-000003 cannot be used" in lines[0]
@@ -186,7 +187,7 @@ def test_recover_sets_the_damaged_aside_and_the_step_can_be_saved_again(tmp_path
         damage(paths[1])
         found = checkpoint.recover(tmp_path, lines.append)
         assert found is not None
-        assert_is_step(found[1], 1)
+        assert_is_step(checkpoint.load(found.path), 1)
         assert "step-000002 cannot be used and is now step-000002.set-aside-" in lines[0]
         assert (tmp_path / f"step-000002.set-aside-{round_number}").is_dir()
     assert_is_step(checkpoint.load(save(tmp_path, 2)[0]), 2)
@@ -199,7 +200,7 @@ def test_without_a_usable_checkpoint_there_is_none(tmp_path: Path) -> None:
 
 
 def test_saving_a_step_again_keeps_the_first_one_aside(tmp_path: Path) -> None:
-    checkpoint.save(tmp_path, 5, {"x": torch.ones(1)}, {})
-    checkpoint.save(tmp_path, 5, {"x": torch.zeros(1)}, {})
+    checkpoint.save(tmp_path, 5, whole({"x": torch.ones(1)}), {})
+    checkpoint.save(tmp_path, 5, whole({"x": torch.zeros(1)}), {})
     assert checkpoint.load(tmp_path / "step-000005").tensors["x"] == 0
     assert checkpoint.load(tmp_path / "step-000005.set-aside-1").tensors["x"] == 1

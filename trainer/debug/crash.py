@@ -27,6 +27,7 @@ from trainer.debug.finding import Finding
 from trainer.debug.trace import Event, trace
 from trainer.folder import RunFolder
 from trainer.manifest import CheckpointError
+from trainer.pieces import whole
 from trainer.row import Weights
 from trainer.schedule import StepPlan
 
@@ -153,5 +154,5 @@ def _save(path: Path, built: Built, fault: Fault, pieces: tuple[Document, ...], 
     tensors |= {f"row/{field.name}": getattr(fault.row, field.name) for field in fields(Batch)}
     if path.exists():
         checkpoint.remove(path)
-    checkpoint.save(path.parent, fault.plan.step + 1, tensors, state)
+    checkpoint.save(path.parent, fault.plan.step + 1, whole(tensors), state)
     durable.write(path / CONFIG, folder.config_text(asdict(built.config)).encode())

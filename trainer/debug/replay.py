@@ -10,8 +10,9 @@ from torch import Tensor
 
 from data.batch import Batch
 from model import names
+from optim.state import copy_exactly
 from trainer import provenance
-from trainer.build import build_model, restore_model
+from trainer.build import build_model
 from trainer.config import TrainConfig
 from trainer.debug import crash
 from trainer.debug.finding import find, table
@@ -33,7 +34,8 @@ def replay(config: TrainConfig, path: Path, *, as_json: bool = False) -> int:
     kernels = choose_kernels(config, device)
     model = build_model(config, device)
     apply_kernels(model, kernels)
-    restore_model(model, _in_types_of(names.tensors(model), found.tensors))
+    mine = names.tensors(model)
+    copy_exactly(mine, _in_types_of(mine, found.tensors), "model")
     fault = found.fault
     groups: dict[str, str] = {one.parameter: one.group for one in names.logical_tensors(config.model)}
     train_only(model, groups, frozen_groups(fault.plan.attention, groups))
@@ -73,10 +75,11 @@ def _verdict(name: str | None, before: str | None) -> str:
 
 def _in_types_of(mine: Mapping[str, Tensor], stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The stored weights in the types of the model; ValueError where they are of another model."""
-    found = {name: tensor for name, tensor in stored.items() if name.startswith("model/")}
-    shapes = {name.removeprefix("model/"): tensor.shape for name, tensor in found.items()}
+    prefix = "model/"
+    found = {name.removeprefix(prefix): tensor for name, tensor in stored.items() if name.startswith(prefix)}
+    shapes = {name: tensor.shape for name, tensor in found.items()}
     differing = {name: tensor.shape for name, tensor in mine.items()}.items() ^ shapes.items()
     if differing:
         name = min(name for name, _ in differing)
         raise ValueError(f"model = {name}: expected the sizes of the crash, which no override may change")
-    return {name: tensor.to(mine[name.removeprefix("model/")].dtype) for name, tensor in found.items()}
+    return {name: tensor.to(mine[name].dtype) for name, tensor in found.items()}
