@@ -37,9 +37,7 @@ class Block(nn.Module):
     `run_ffn` are seams for recomputation, called like `model.layers.run`.
     """
 
-    def __init__(
-        self, config: ModelConfig, *, ratio: int, hashed: bool, dtype: torch.dtype, held: range
-    ) -> None:
+    def __init__(self, config: ModelConfig, *, ratio: int, hashed: bool, dtype: torch.dtype, held: range) -> None:
         super().__init__()
         self.config = config
         self.enter, self.expand = mhc.enter, mhc.expand

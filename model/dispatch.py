@@ -1,15 +1,27 @@
 """Token order for the experts on one process: sort the token-expert pairs, and put the results back.
 
-This is the seam for expert parallelism: `trainer/parallel/expert.py` will replace `LocalDispatcher`.
+This is the seam for expert parallelism: `trainer/parallel/expert.py` has another `Dispatcher`.
 """
 
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from model.gather import take
 from model.layers import at_least_fp32
+
+
+class Dispatcher(Protocol):
+    """Brings tokens to the experts and results back; see `LocalDispatcher`, whose arguments and results these are.
+
+    What `dispatch` returns has x_PD, weight_P and counts, for `Experts`; `combine` gets it back.
+    """
+
+    def dispatch(self, x_BTD: Tensor, expert_BTK: Tensor, weight_BTK: Tensor, experts: int) -> Any: ...
+
+    def combine(self, y_PD: Tensor, dispatched: Any, shape: torch.Size) -> Tensor: ...
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from model.config import ModelConfig
-from model.dispatch import LocalDispatcher
+from model.dispatch import Dispatcher, LocalDispatcher
 from model.experts import Experts, SharedExpert
 from model.router import Gate, Route
 
@@ -47,7 +47,7 @@ def balance_sum(score_BTE: Tensor, document_BT: Tensor, K: int) -> Tensor:
 
 
 class MoE(nn.Module):
-    """gate, experts, shared_experts. `dispatcher` is the seam for expert parallelism; held: the experts that are here."""
+    """gate, experts, shared_experts. `dispatcher` is the seam for expert parallelism; held: experts that are here."""
 
     def __init__(self, config: ModelConfig, *, hashed: bool, dtype: torch.dtype, held: range) -> None:
         super().__init__()
@@ -55,7 +55,7 @@ class MoE(nn.Module):
         self.gate = Gate(config, hashed=hashed, dtype=dtype)
         self.experts = Experts(held, *sizes)
         self.shared_experts = SharedExpert(*sizes)
-        self.dispatcher = LocalDispatcher()
+        self.dispatcher: Dispatcher = LocalDispatcher()
 
     def forward(self, h_BTD: Tensor, token_BT: Tensor, document_BT: Tensor) -> tuple[Tensor, RouterStatistics]:
         route = self.gate(h_BTD, token_BT)

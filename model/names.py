@@ -105,6 +105,17 @@ def logical_tensors(config: ModelConfig) -> Iterator[Logical]:
             start += rows
 
 
+def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """The shape of every whole parameter of the model, experts stacked."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for spec in released_tensors(config):
+        where = locate(spec.name)
+        if spec.kind != "buffer":
+            stacked = () if where.index is None else (config.n_routed_experts,)
+            shapes[where.parameter] = (*stacked, *spec.shape)
+    return shapes
+
+
 def _logical(name: str, parameter: str, at: slice, kind: LogicalKind, group: Group) -> Logical:
     return Logical(name=name, parameter=parameter, start=at.start, stop=at.stop, kind=kind, group=group)
 

@@ -33,9 +33,7 @@ class Transformer(nn.Module):
     Built with uninitialised weights: fill them by `model.init.initialize` or `model.names.load_released`.
     """
 
-    def __init__(
-        self, config: ModelConfig, dtype: torch.dtype = torch.float32, experts: range | None = None
-    ) -> None:
+    def __init__(self, config: ModelConfig, dtype: torch.dtype = torch.float32, experts: range | None = None) -> None:
         """experts: those of each layer that are here, default all."""
         super().__init__()
         self.config, self.dtype = config, dtype

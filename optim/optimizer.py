@@ -7,7 +7,7 @@ the tensors it owns; the norm and the figures are of all of them (`Totals`).
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,7 +17,6 @@ from optim import adamw, clip, groups, muon
 from optim.config import OptimConfig
 from optim.groups import Member
 from optim.state import copy_exactly
-
 
 Totals = Callable[[Mapping[str, Sequence[float]]], dict[str, float]]
 """By key, the sum of the numbers of all processes, rounded once; every process calls it with the same keys or fewer."""
@@ -110,13 +109,19 @@ class Optimizer:
             part = member.view(self._parameters[member.parameter])
             numbers[f"size/{member.group}"].append(part.numel())
             if member.kind == "matrix":
-                scale = muon.update_scale(*part.shape, self.config.muon) * self._rate(member.parameter, rate)
-                numbers[f"change/{member.group}"].append(scale**2 * min(part.shape))
+                rows, columns = part.shape
+                scale = muon.update_scale(rows, columns, self.config.muon) * self._rate(member.parameter, rate)
+                numbers[f"change/{member.group}"].append(scale**2 * min(rows, columns))
             else:
                 numbers[f"change/{member.group}"] += clip.square_sums(member.view(changes[member.parameter]))
         totals = self._totals(numbers)
         sizes = {key.removeprefix("size/"): size for key, size in totals.items() if key.startswith("size/")}
         return {group: math.sqrt(totals[f"change/{group}"] / size) for group, size in sorted(sizes.items())}
+
+    def weights(self) -> Iterator[tuple[str, Tensor]]:
+        """The group and the weight, as the model computes with it, of each member that this process tells of."""
+        for member in self._counted:
+            yield member.group, member.view(self._parameters[member.parameter])
 
     def state_dict(self) -> dict[str, Tensor]:
         """All state by flat name: momentum/, exp_avg/, exp_avg_sq/, updates/ and, where they exist, master/ tensors."""

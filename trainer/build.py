@@ -13,14 +13,17 @@ from model import names
 from model.config import AttentionMode
 from model.init import initialize
 from model.transformer import Transformer
-from optim import groups
+from optim import groups, zero
 from optim.groups import Member
 from optim.optimizer import Optimizer
 from trainer import schedule
 from trainer.config import TrainConfig
 from trainer.device import DTYPES
 from trainer.parallel.apply import apply_kernels, choose_kernels
+from trainer.parallel.expert import apply_experts
+from trainer.parallel.owners import Ownership
 from trainer.parallel.reduce import ExactSum
+from trainer.parallel.world import ALONE, World
 from trainer.pieces import whole
 from trainer.pool import RowPool
 from trainer.reader import Reader, restore
@@ -80,11 +83,18 @@ def read_data(config: TrainConfig, report: Report) -> Data:
     return data
 
 
-def build(config: TrainConfig, data: Data, device: torch.device) -> Built:
-    """Make the model with its initial values on the device, its views with their kernels, then optimizer and sums."""
-    model = build_model(config, device)
+def build(config: TrainConfig, data: Data, device: torch.device, world: World = ALONE) -> Built:
+    """Make the model with its initial values on the device, its views with their kernels, then optimizer and sums.
+
+    On many ranks each makes the part that it holds, and an optimizer of what it owns.
+    """
+    model = build_model(config, device, world)
+    exact = config.parallel.reduction == "exact"
+    if world.expert.size > 1:
+        apply_experts(model, world.expert, exact=exact)
     shared = {name: tensor for name, tensor in model.named_parameters() if names.alias_of(name) is None}
-    logicals = list(names.logical_tensors(config.model))
+    every, shapes = members(names.logical_tensors(config.model)), names.parameter_shapes(config.model)
+    ownership = Ownership(every, shapes, model.held, world)
     dtype = torch.float64 if config.precision.dtype == "fp64" else torch.float32
     pool = RowPool(model, config.threads if device.type == "cpu" else 1)
     for view in pool.views:
@@ -96,28 +106,42 @@ def build(config: TrainConfig, data: Data, device: torch.device) -> Built:
             apply_recompute(view, config.recompute)
     parts = Parts(
         pool=pool,
-        optimizer=Optimizer(shared, members(logicals), config.optim, pool.plain_map),
+        optimizer=Optimizer(
+            {ownership.key(span): ownership.rows(span, shared[span.parameter].detach()) for span in ownership.spans},
+            ownership.members(),
+            config.optim,
+            pool.plain_map,
+            known={member.group for member in every},
+            totals=world.totals,
+            counted=ownership.counted(),
+        ),
         sums=ExactSum({name: tensor.shape for name, tensor in shared.items()}, dtype=dtype, device=device),
         stream=data.train,
         loss=config.loss,
-        groups={one.parameter: one.group for one in logicals},
+        groups={member.parameter: member.group for member in every},
         device=device,
+        world=world,
+        ownership=ownership,
     )
-    table = groups.table(members(logicals), shared, config.optim)
+    table = groups.table(every, shapes, config.optim)
     return Built(config=config, data=data, parts=parts, plans=schedule.plan(config.schedule), table=table)
 
 
 def members(logicals: Iterable[names.Logical]) -> list[Member]:
-    """The model's logical tensors as the optimizer knows them."""
-    return [
+    """The model's logical tensors as the optimizer knows them, tables in parts."""
+    whole = [
         Member(name=one.name, parameter=one.parameter, start=one.start, stop=one.stop, kind=one.kind, group=one.group)
         for one in logicals
     ]
+    return zero.cut(whole, {member.parameter: member.stop for member in whole if member.kind == "table"})
 
 
-def build_model(config: TrainConfig, device: torch.device) -> Transformer:
-    """The model with its initial values, on the device."""
-    model = Transformer(config.model, DTYPES[config.precision.dtype])
+def build_model(config: TrainConfig, device: torch.device, world: World = ALONE) -> Transformer:
+    """The model, or the part that this rank holds, with its initial values, on the device."""
+    number, share = config.model.n_routed_experts, world.place.expert
+    each = number // world.mesh.expert
+    held = range(share * each, (share + 1) * each)
+    model = Transformer(config.model, DTYPES[config.precision.dtype], held)
     initialize(model, config.init, config.seed)
     model.to(device)
     model.share_weights()

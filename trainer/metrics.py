@@ -4,10 +4,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from data.batch import Batch
 from model.losses import TermCounts
 from trainer.row import RowSums
 
@@ -15,12 +13,13 @@ METRICS = {
     "step": "optimizer steps done",
     "tokens": "tokens seen, padding included: rows x row length of all steps so far",
     "time/run_s": "seconds since this process began training",
-    "time/step_s": "seconds of this step; what its five parts leave over is threads that wait for the last row",
+    "time/step_s": "seconds of this step; what its parts leave over is threads, or ranks, that wait for the last row",
     "time/wait_s": "of which: waiting for the rows of this step",
     "time/forward_s": "of which: forward passes and losses, summed over rows / rows that run side by side",
     "time/backward_s": "of which: backward passes, likewise",
     "time/reduce_s": "of which: adding the rows' gradients exactly, likewise",
-    "time/update_s": "of which: rounding the sums, clip, optimizer, router biases",
+    "time/exchange_s": "of which: rounding the sums, bringing those of all ranks together, handing out new weights",
+    "time/update_s": "of which: clip and optimizer",
     "time/observe_s": "after this step: making this row, without validation",
     "time/validation_s": "after this step: the held-out loss",
     "time/save_s": "before this step: handing a checkpoint to its writer, 0 where none was due",
@@ -96,14 +95,13 @@ def losses(rows: Sequence[RowSums], counts: TermCounts) -> dict[str, float]:
     return result
 
 
-def by_source(rows: Sequence[RowSums], batch: Batch, names: Sequence[str]) -> dict[str, float]:
+def by_source(rows: Sequence[RowSums], names: Sequence[str]) -> dict[str, float]:
     """loss/source/NAME for each source with a target in this step; a row is of one source."""
-    target_B, nats = (batch.target_BT >= 0).sum(1), torch.tensor([row.lm for row in rows], dtype=torch.float64)
     result = {}
     for number, name in enumerate(names):
-        mine_B = batch.source_B == number
-        if targets := int(target_B[mine_B].sum()):
-            result[f"loss/source/{name}"] = math.fsum(nats[mine_B].tolist()) / targets
+        mine = [row for row in rows if row.source == number]
+        if targets := sum(row.targets for row in mine):
+            result[f"loss/source/{name}"] = math.fsum(row.lm for row in mine) / targets
     return result
 
 
@@ -112,12 +110,12 @@ def bits_per_byte(rows: Sequence[RowSums], num_bytes: int) -> float:
     return _ratio(math.fsum(row.lm for row in rows) / math.log(2), num_bytes)
 
 
-def routing(rows: Sequence[RowSums], counts: TermCounts) -> dict[str, float]:
-    """Load and entropy of the learned layers over all rows."""
+def routing(rows: Sequence[RowSums], counts: TermCounts, load_LE: Tensor) -> dict[str, float]:
+    """Load and entropy of the learned layers over all rows. load_LE: tokens of all rows."""
     learned = [i for i, term in enumerate(rows[0].balance_L) if term is not None]
     if not learned:
         return {}
-    load_LE = load(rows)[learned]
+    load_LE = load_LE[learned]
     ratios = [_ratio(int(load_E.max()) * load_E.numel(), int(load_E.sum())) for load_E in load_LE]
     entropy = math.fsum(row.entropy_L[i] for row in rows for i in learned)
     return {
@@ -127,20 +125,15 @@ def routing(rows: Sequence[RowSums], counts: TermCounts) -> dict[str, float]:
     }
 
 
-def load(rows: Sequence[RowSums]) -> Tensor:
-    """Tokens per layer and expert over all rows, int64 load_LE, the MTP block last."""
-    return torch.stack([row.load_LE for row in rows]).sum(0)
-
-
-def validation(rows: Sequence[RowSums], counts: TermCounts, num_bytes: int) -> dict[str, Any]:
-    """The held-out metrics. num_bytes: bytes of text of all targets."""
+def validation(rows: Sequence[RowSums], counts: TermCounts, num_bytes: int, load_LE: Tensor) -> dict[str, Any]:
+    """The held-out metrics. num_bytes: bytes of text of all targets. load_LE: tokens of all rows."""
     values = losses(rows, counts)
     result = {"validation/loss": values["loss/lm"], "validation/bits_per_byte": bits_per_byte(rows, num_bytes)}
     recall_L = _recall(rows)
     recall = _share(recall_L)
     optional = {
         "validation/mtp_loss": values.get("loss/mtp"),
-        "validation/load_max_ratio": routing(rows, counts).get("router/load_max_ratio"),
+        "validation/load_max_ratio": routing(rows, counts, load_LE).get("router/load_max_ratio"),
         "indexer/kl_nats": values.get("loss/indexer"),
         "indexer/recall": recall,
         "indexer/recall_L": None if recall is None else [_share([of_layer]) for of_layer in recall_L],

@@ -1,7 +1,7 @@
 """One row of metrics.jsonl: what a step did, how long its parts took, and the health of the model after it."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,17 +12,20 @@ from torch import Tensor
 from model.count import training_flops
 from model.layers import island_dtype
 from model.transformer import Transformer
-from trainer import machine, metrics, probe
+from trainer import machine, metrics, probe, together
 from trainer.build import Built
 from trainer.probe import Pass
 from trainer.schedule import StepPlan
-from trainer.step import StepResult
+from trainer.step import Parts, StepResult
 from trainer.validate import HeldOut, count_bytes
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Observer:
-    """Measures and changes nothing. product_rate: `machine.product_rate` of this session."""
+    """Measures and changes nothing. product_rate: `machine.product_rate` of this session, all ranks together.
+
+    On many ranks all of them measure alike; what one rank alone can tell, time and memory, is rank 0's.
+    """
 
     built: Built
     held_out: HeldOut
@@ -34,9 +37,11 @@ class Observer:
 
         A function of the step alone, so that an interrupted run tells the same as an uninterrupted one.
         """
+        return probe.watched(self.built.parts.pool.views) if self._is_watched(plan) else nullcontext([])
+
+    def _is_watched(self, plan: StepPlan) -> bool:
         done, every = plan.step + 1, self.built.config.observe.every_steps
-        due = every > 0 and (done % every == 0 or done in (1, len(self.built.plans)))
-        return probe.watched(self.built.parts.pool.views) if due else nullcontext([])
+        return every > 0 and (done % every == 0 or done in (1, len(self.built.plans)))
 
     def row(self, plan: StepPlan, result: StepResult, passes: Sequence[Pass], step_s: float) -> dict[str, Any]:
         """The numbers of a step that took `step_s`; the model must be as the step left it."""
@@ -44,14 +49,14 @@ class Observer:
         row = _plan(plan, step_s) | self._speed(plan, step_s) | machine.memory(parts.device)
         row |= {f"time/{part}_s": getattr(result.seconds, part) for part in result.seconds.__slots__}
         row |= metrics.losses(result.rows, counts)
-        row |= metrics.by_source(result.rows, result.batch, parts.stream.source_names)
-        num_bytes = count_bytes(result.batch.target_BT, self.held_out.byte_count_V)
+        row |= metrics.by_source(result.rows, parts.stream.source_names)
+        num_bytes = together.add(parts.world, count_bytes(result.batch.target_BT, self.held_out.byte_count_V))
         row["loss/bits_per_byte"] = metrics.bits_per_byte(result.rows, num_bytes)
         row |= {"optim/grad_norm": result.update.norm, "optim/clip_scale": result.update.clip_scale}
         row |= {f"optim/update_rms/{group}": rms for group, rms in sorted(result.update.update_rms.items())}
-        row |= weight_rms(parts.model, parts.groups) | metrics.routing(result.rows, counts) | biases(parts.model)
-        if passes:
-            row |= {"router/load_LE": metrics.load(result.rows).tolist()} | probe.measure(passes)
+        row |= weight_rms(parts) | metrics.routing(result.rows, counts, result.load_LE) | biases(parts.model)
+        if self._is_watched(plan):
+            row |= {"router/load_LE": result.load_LE.tolist()} | probe.measure(passes, parts.world)
         return row
 
     def _speed(self, plan: StepPlan, step_s: float) -> dict[str, float]:
@@ -89,17 +94,20 @@ def biases(model: Transformer) -> dict[str, float]:
 
 
 @torch.no_grad()
-def weight_rms(model: Transformer, groups: Mapping[str, str]) -> dict[str, float]:
-    """RMS of the parameters by group, as the model computes with them. groups: by parameter name, shared ones once."""
-    norms: dict[str, list[Tensor]] = {}
-    sizes: dict[str, int] = {}
-    for name, parameter in model.named_parameters():
-        if name in groups:
-            norm = torch.linalg.vector_norm(parameter, dtype=island_dtype(parameter.dtype))
-            norms.setdefault(groups[name], []).append(norm)
-            sizes[groups[name]] = sizes.get(groups[name], 0) + parameter.numel()
-    return {
-        f"optim/weight_rms/{group}": math.hypot(*torch.stack([norm.double() for norm in of_group]).tolist())
-        / math.sqrt(sizes[group])
-        for group, of_group in sorted(norms.items())
-    }
+def weight_rms(parts: Parts) -> dict[str, float]:
+    """RMS of the parameters by group, as the model computes with them; the same however they are shared out.
+
+    A logical tensor's norm is computed by itself, where it is owned; their squares are added exactly.
+    """
+    groups: list[str] = []
+    norms: list[Tensor] = []
+    numbers: dict[str, list[float]] = {}
+    for group, weight in parts.optimizer.weights():
+        groups.append(group)
+        norms.append(torch.linalg.vector_norm(weight, dtype=island_dtype(weight.dtype)).double())
+        numbers.setdefault(f"size/{group}", []).append(weight.numel())
+    for group, norm in zip(groups, torch.stack(norms).tolist() if norms else [], strict=True):
+        numbers.setdefault(f"square/{group}", []).append(norm**2)
+    totals = parts.world.totals(numbers)
+    sizes = {key.removeprefix("size/"): size for key, size in totals.items() if key.startswith("size/")}
+    return {f"optim/weight_rms/{group}": math.sqrt(totals[f"square/{group}"] / sizes[group]) for group in sorted(sizes)}

@@ -7,6 +7,7 @@ behind them, kernels too, get what they always get and their results go on uncha
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,6 +16,8 @@ from torch import Tensor, nn
 from model.block import Block
 from model.experts import Experts, SharedExpert
 from model.transformer import Transformer
+from trainer.parallel.expert import StandBy
+from trainer.parallel.world import ALONE, World
 
 
 class Pass:
@@ -46,21 +49,44 @@ class Pass:
         self.values += gate.numel() + up.numel()
 
 
-def measure(passes: Sequence[Pass]) -> dict[str, float]:
-    """The metrics mhc/* and experts/* over the rows of a step, padding included; the rows' order changes no bit."""
-    errors = torch.stack([error for one in passes for error in one.errors]).amax(0).tolist()
-    gains = [composite_gains(one.composite_PNN) for one in passes if one.composite_PNN is not None]
-    sums = torch.stack([gain_2P.sum(1) for gain_2P in gains]).tolist()
-    tokens = sum(gain_2P.shape[1] for gain_2P in gains)
-    forward, backward = (math.fsum(way) / tokens for way in zip(*sums, strict=True))
-    clamped = int(torch.stack([count for one in passes for count in one.clamped]).sum())
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Seen:
+    """What a pass has shown, in numbers. errors: the largest of rows and columns. gains: summed over tokens."""
+
+    errors: tuple[float, float]
+    gains: tuple[float, float]
+    tokens: int
+    clamped: int
+    values: int
+
+
+def measure(passes: Sequence[Pass], world: World = ALONE) -> dict[str, float]:
+    """The metrics mhc/* and experts/* over the rows of a step, padding included; the rows' order changes no bit.
+
+    On many ranks all of them call this alike. Empty where no pass was watched.
+    """
+    seen = [one for of_rank in world.gather([_seen(one) for one in passes]) for one in of_rank]
+    if not seen:
+        return {}
+    tokens = sum(one.tokens for one in seen)
+    forward, backward = (math.fsum(one.gains[way] for one in seen) / tokens for way in (0, 1))
     return {
-        "mhc/row_sum_error": errors[0],
-        "mhc/col_sum_error": errors[1],
+        "mhc/row_sum_error": max(one.errors[0] for one in seen),
+        "mhc/col_sum_error": max(one.errors[1] for one in seen),
         "mhc/composite_gain": forward,
         "mhc/composite_gain_backward": backward,
-        "experts/clamped_ratio": clamped / sum(one.values for one in passes),
+        "experts/clamped_ratio": sum(one.clamped for one in seen) / sum(one.values for one in seen),
     }
+
+
+def _seen(one: Pass) -> Seen:
+    rows, columns = torch.stack(one.errors).amax(0).tolist() if one.errors else (0.0, 0.0)
+    gain_2P = torch.zeros(2, 0) if one.composite_PNN is None else composite_gains(one.composite_PNN)
+    clamped = int(torch.stack(one.clamped).sum()) if one.clamped else 0
+    forward, backward = gain_2P.sum(1).tolist()
+    return Seen(
+        errors=(rows, columns), gains=(forward, backward), tokens=gain_2P.shape[1], clamped=clamped, values=one.values
+    )
 
 
 def stochastic_errors(comb_PNN: Tensor) -> Tensor:
@@ -105,8 +131,9 @@ def _watch(model: Transformer, passes: list[Pass], undo: ExitStack) -> None:
     def end(*_: Any) -> None:
         passes.append(running.pop())
 
-    undo.callback(model.register_forward_pre_hook(begin).remove)
-    undo.callback(model.register_forward_hook(end).remove)
+    for passing in (model, *(module for module in model.modules() if isinstance(module, StandBy))):
+        undo.callback(passing.register_forward_pre_hook(begin).remove)
+        undo.callback(passing.register_forward_hook(end).remove)
     main = set(model.layers)
     for module in model.modules():
         if isinstance(module, Block):

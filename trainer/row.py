@@ -19,6 +19,7 @@ class RowSums:
 
     load_LE: int64 counted tokens per expert and layer, the MTP block last. entropy_L: router entropy by layer.
     recall_L: (hits, picks) of the indexer by layer, None where a layer has none or it was not measured.
+    source: number of the row's data source. targets: its learned targets.
     """
 
     lm: float
@@ -28,6 +29,8 @@ class RowSums:
     load_LE: Tensor
     entropy_L: tuple[float, ...]
     recall_L: tuple[tuple[int, int] | None, ...]
+    source: int
+    targets: int
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -80,7 +83,7 @@ def learn(model: Transformer, row: Batch, mode: AttentionMode, weights: Weights,
     _mark(laps)
     (lm * weights.lm + mtp * weights.mtp).backward()
     _mark(laps)
-    return _sums(output, lm, mtp)
+    return _sums(output, lm, mtp, row)
 
 
 def learn_indexer(model: Transformer, row: Batch, weights: Weights, laps: Laps | None = None) -> RowSums:
@@ -92,14 +95,14 @@ def learn_indexer(model: Transformer, row: Batch, weights: Weights, laps: Laps |
     _mark(laps)
     (torch.stack(terms).sum() * weights.layers.indexer).backward()
     _mark(laps)
-    return _sums(output, lm, mtp)
+    return _sums(output, lm, mtp, row)
 
 
 @torch.no_grad()
 def measure(model: Transformer, row: Batch, mode: AttentionMode) -> RowSums:
     """Forward only, with the indexer's recall of the dense selection where an indexer runs."""
     output = model(row.token_BT, row.document_BT, row.position_BT, mode=mode, measure_recall=True)
-    return _sums(output, *heads(model, output, row))
+    return _sums(output, *heads(model, output, row), row)
 
 
 def heads(model: Transformer, output: Output, row: Batch) -> tuple[Tensor, Tensor]:
@@ -112,7 +115,7 @@ def heads(model: Transformer, output: Output, row: Batch) -> tuple[Tensor, Tenso
     return lm, cross_entropy_sum(output.mtp_h_BTD, branch.head.weight, target_BT)
 
 
-def _sums(output: Output, lm: Tensor, mtp: Tensor) -> RowSums:
+def _sums(output: Output, lm: Tensor, mtp: Tensor, row: Batch) -> RowSums:
     layers: tuple[BlockStatistics, ...] = output.layers + ((output.mtp,) if output.mtp else ())
     indexers = [layer.indexer for layer in layers]
     recalls = [None if of is None else of.recall for of in indexers]
@@ -124,6 +127,8 @@ def _sums(output: Output, lm: Tensor, mtp: Tensor) -> RowSums:
         load_LE=torch.stack([layer.router.load_E for layer in layers]).cpu(),
         entropy_L=tuple(layer.router.entropy_sum.item() for layer in layers),
         recall_L=tuple(None if recall is None else (int(recall[0]), int(recall[1])) for recall in recalls),
+        source=int(row.source_B[0]),
+        targets=int((row.target_BT >= 0).sum()),
     )
 
 

@@ -5,7 +5,7 @@ rows are grouped nor on who computes them (promise 3 of the design).
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -18,11 +18,15 @@ from model.names import alias_of
 from model.router import update_bias
 from model.transformer import Transformer
 from optim.optimizer import Optimizer, UpdateStats
-from trainer import row
+from trainer import row, together
 from trainer.config import LossConfig
 from trainer.debug.fault import Fault, NonFinite, require_finite
 from trainer.laps import Laps
+from trainer.parallel.expert import leaves, stand_by
+from trainer.parallel.mesh import rows_of
+from trainer.parallel.owners import Ownership
 from trainer.parallel.reduce import ExactSum
+from trainer.parallel.world import World
 from trainer.pool import RowPool
 from trainer.row import RowSums, TermCounts, Weights
 from trainer.schedule import StepPlan
@@ -30,7 +34,10 @@ from trainer.schedule import StepPlan
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Parts:
-    """What a step works on. pool: the model, as often as rows run at the same time. groups: by parameter name."""
+    """What a step works on. pool: the model, as often as rows run at the same time. groups: by parameter name.
+
+    world: the ranks that take the step together. ownership: whose the optimizer's tensors are.
+    """
 
     pool: RowPool
     optimizer: Optimizer
@@ -39,6 +46,8 @@ class Parts:
     loss: LossConfig
     groups: dict[str, str]
     device: torch.device
+    world: World
+    ownership: Ownership
 
     @property
     def model(self) -> Transformer:
@@ -47,37 +56,51 @@ class Parts:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StepSeconds:
-    """Where a step's time went. forward, backward, reduce: summed over rows, divided by the rows side by side."""
+    """Where a step's time went. forward, backward, reduce: summed over rows, divided by the rows side by side.
+
+    exchange: bringing the ranks' sums together, and handing out new weights.
+    """
 
     wait: float
     forward: float
     backward: float
     reduce: float
+    exchange: float
     update: float
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StepResult:
-    """What a step leaves for the metrics."""
+    """What a step leaves for the metrics. batch: the rows of this rank; the others are of all ranks."""
 
     batch: Batch
     counts: TermCounts
     rows: tuple[RowSums, ...]
+    load_LE: Tensor
     update: UpdateStats
     seconds: StepSeconds
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Complaint:
+    """Row `index` of the step is at fault."""
+
+    index: int
+    reason: str
+
+
 def train_step(parts: Parts, plan: StepPlan, stopped: Callable[[], bool]) -> StepResult | None:
-    """Run one step; None, with nothing changed, if `stopped()` turned true between two rows.
+    """Run one step; None, with nothing changed, if `stopped()` turned true between two rows (on one process).
 
     Raises NonFinite, with nothing changed, for the first row whose losses or gradients are not finite; OverflowError,
-    likewise, where the sum of the rows' gradients could overflow.
+    likewise, where the sum of the rows' gradients could overflow. On many ranks all of them raise it.
     """
     frozen = frozen_groups(plan.attention, parts.groups)
     whole_step = Laps(parts.device)
-    batch = parts.stream.rows(plan.segment, plan.first_row, plan.rows)
+    mine = rows_of(parts.world.place.data, parts.world.mesh.data, plan.rows)
+    batch = together.read_rows(parts.stream, plan, mine)
+    counts = together.count(parts.world, row.count_rows(batch))
     whole_step.mark()
-    counts = row.count_rows(batch)
     weights = row.weigh(
         counts, mtp=plan.mtp_weight, balance=parts.loss.balance_weight, indexer=parts.loss.indexer_weight
     )
@@ -87,38 +110,44 @@ def train_step(parts: Parts, plan: StepPlan, stopped: Callable[[], bool]) -> Ste
 
     row_laps: list[Laps] = []
 
-    def leaf(model: Transformer, index: int) -> RowSums | Fault | None:
+    def leaf(model: Transformer, turn: int) -> RowSums | Complaint | None:
         if stopped():
             return None
-        laps = Laps(parts.device)
-        one = row.pick(batch, index, parts.device)
+        laps, index = Laps(parts.device), mine[turn]
+        if index is None:
+            stand_by(model, backward=plan.attention != "indexer_warmup")
+            return _collect(parts, model, turn)
         try:
-            result = learn(model, one, plan.attention, weights, laps)
+            result = learn(model, row.pick(batch, turn, parts.device), plan.attention, weights, laps)
             require_finite(result)
-            _collect(model, parts.sums)
         except FloatingPointError as error:
             model.zero_grad(set_to_none=True)
-            return Fault(index=index, row=one, plan=plan, weights=weights, reason=str(error))
+            return Complaint(index=index, reason=str(error))
+        complaint = _collect(parts, model, turn)
         laps.mark()
         row_laps.append(laps)
-        return result
+        return complaint or result
 
     # All rows end before the first fault is told of, so that it does not depend on which thread was faster.
-    results = list(parts.pool.map(leaf, range(plan.rows)))
-    for result in results:
-        if isinstance(result, Fault):
-            raise NonFinite(result)
-    whole = [result for result in results if isinstance(result, RowSums)]
-    if len(whole) < plan.rows:
+    turns = [turn for turn, index in enumerate(mine) if index is not None or parts.world.expert.size > 1]
+    results = list(parts.pool.map(leaf, turns))
+    _refuse_complaints(parts, plan, weights, [result for result in results if isinstance(result, Complaint)])
+    by_turn = [(mine[turn], result) for turn, result in zip(turns, results, strict=True)]
+    done = {index: result for index, result in by_turn if index is not None and isinstance(result, RowSums)}
+    if len(done) < len(batch.token_BT):
         return None
+    rows, load_LE = together.gather_rows(parts.world, done)
     whole_step.mark()
-    gradients = _trained(parts, parts.sums.result(), frozen)
+    gradients = parts.ownership.reduce(parts.sums)
+    whole_step.mark()
     update = parts.optimizer.step(gradients, rate=plan.rate, frozen_groups=frozen)
+    whole_step.mark()
+    parts.ownership.publish(_weights(parts), {name for name, group in parts.groups.items() if group not in frozen})
     if plan.attention != "indexer_warmup":
-        update_biases(parts.model, whole, parts.loss.bias_update_speed)
+        update_biases(parts.model, load_LE, parts.loss.bias_update_speed)
     whole_step.mark()
     seconds = _seconds(whole_step, row_laps, parts.pool.width)
-    return StepResult(batch=batch, counts=counts, rows=tuple(whole), update=update, seconds=seconds)
+    return StepResult(batch=batch, counts=counts, rows=rows, load_LE=load_LE, update=update, seconds=seconds)
 
 
 def learn(model: Transformer, one: Batch, mode: AttentionMode, weights: Weights, laps: Laps | None = None) -> RowSums:
@@ -135,38 +164,59 @@ def frozen_groups(mode: AttentionMode, groups: dict[str, str]) -> frozenset[str]
     return frozenset(groups.values()) - {"indexer"} if mode == "indexer_warmup" else frozenset()
 
 
-def update_biases(model: Transformer, rows: list[RowSums], speed: float) -> None:
-    """The auxiliary-loss-free rule, from the loads of the whole step (V3 2.1.2)."""
-    load_LE = torch.stack([result.load_LE for result in rows]).sum(0)
+def update_biases(model: Transformer, load_LE: Tensor, speed: float) -> None:
+    """The auxiliary-loss-free rule, from the loads of the whole step, all ranks' rows (V3 2.1.2)."""
     for block, load_E in zip(model.blocks(), load_LE, strict=True):
         gate = block.ffn.gate
         if not gate.hashed:
             update_bias(gate.bias, load_E.to(gate.bias.device), speed)
 
 
-def _seconds(whole_step: Laps, rows: list[Laps], threads: int) -> StepSeconds:
-    """Laps of the step: wait, rows, update; of a row: forward, backward, reduce."""
-    wait, _, update = whole_step.seconds()
-    side_by_side = min(threads, len(rows))
-    by_part = zip(*(laps.seconds() for laps in rows), strict=True)
-    forward, backward, reduce = (math.fsum(part) / side_by_side for part in by_part)
-    return StepSeconds(wait=wait, forward=forward, backward=backward, reduce=reduce, update=update)
-
-
-def train_only(model: Transformer, groups: Mapping[str, str], frozen: frozenset[str]) -> None:
+def train_only(model: Transformer, groups: Mapping[str, str], frozen: Collection[str]) -> None:
     """Parameters of the frozen groups get no gradients; none has one yet. groups: by parameter name."""
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(groups[alias_of(name) or name] not in frozen)
-        parameter.grad = None
+    for name, leaf, _ in leaves(model):
+        leaf.requires_grad_(groups[alias_of(name) or name] not in frozen)
+        leaf.grad = None
 
 
-def _collect(model: Transformer, sums: ExactSum) -> None:
-    """Move the row's gradients into the sums; each use of a shared weight is a leaf of its own."""
-    for name, parameter in model.named_parameters():
-        if parameter.grad is not None:
-            sums.add(alias_of(name) or name, parameter.grad)
-            parameter.grad = None
+def _collect(parts: Parts, model: Transformer, turn: int) -> Complaint | None:
+    """Move the gradients of a round into the sums; each use of a shared weight is a leaf of its own.
+
+    The leaves of experts are of the rows of the whole expert group.
+    """
+    place, mesh = parts.world.place, parts.world.mesh
+    complaint = None
+    for name, leaf, of_row in leaves(model):
+        if leaf.grad is not None and complaint is None:
+            try:
+                parts.sums.add(alias_of(name) or name, leaf.grad)
+            except FloatingPointError as error:
+                data = place.data if of_row is None else place.data - place.expert + of_row
+                complaint = Complaint(index=turn * mesh.data + data, reason=str(error))
+        leaf.grad = None
+    return complaint
 
 
-def _trained(parts: Parts, gradients: dict[str, Tensor], frozen: frozenset[str]) -> dict[str, Tensor]:
-    return {name: gradient for name, gradient in gradients.items() if parts.groups[name] not in frozen}
+def _refuse_complaints(parts: Parts, plan: StepPlan, weights: Weights, mine: list[Complaint]) -> None:
+    """Raise NonFinite for the first row that any rank complains of, on all ranks."""
+    first = parts.world.least(min((complaint.index for complaint in mine), default=plan.rows))
+    if first == plan.rows:
+        return
+    reasons = [[complaint.reason for complaint in mine if complaint.index == first][:1]]
+    reason = next(reason for of_rank in parts.world.gather(reasons) for found in of_rank for reason in found)
+    one = parts.stream.rows(plan.segment, plan.first_row + first, 1)
+    raise NonFinite(Fault(index=first, row=row.pick(one, 0, parts.device), plan=plan, weights=weights, reason=reason))
+
+
+def _weights(parts: Parts) -> dict[str, Tensor]:
+    return {name: parameter.detach() for name, parameter in parts.model.named_parameters() if name in parts.groups}
+
+
+def _seconds(whole_step: Laps, rows: list[Laps], threads: int) -> StepSeconds:
+    """Laps of the step: wait, rows, reduction, update, publishing; of a row: forward, backward, reduce."""
+    wait, _, reduction, update, publishing = whole_step.seconds()
+    side_by_side = max(min(threads, len(rows)), 1)
+    by_part = zip(*(laps.seconds() for laps in rows), strict=True)
+    forward, backward, reduce = (math.fsum(part) / side_by_side for part in by_part) if rows else (0.0, 0.0, 0.0)
+    exchange = reduction + publishing
+    return StepSeconds(wait=wait, forward=forward, backward=backward, reduce=reduce, exchange=exchange, update=update)

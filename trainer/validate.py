@@ -11,8 +11,11 @@ from data.batch import Batch
 from data.open import Data
 from model.config import AttentionMode
 from model.transformer import Transformer
-from trainer import metrics, row
+from trainer import metrics, row, together
 from trainer.baseline import Bigram, bigram
+from trainer.parallel.expert import stand_by
+from trainer.parallel.mesh import rows_of
+from trainer.parallel.world import ALONE, World
 from trainer.pool import RowPool
 from trainer.row import RowSums
 
@@ -24,16 +27,23 @@ class HeldOut:
     batch: Batch
     byte_count_V: Tensor
 
-    def measure(self, pool: RowPool, mode: AttentionMode) -> dict[str, Any]:
-        """The metrics named validation/* and indexer/*; the model is not changed."""
+    def measure(self, pool: RowPool, mode: AttentionMode, world: World = ALONE) -> dict[str, Any]:
+        """The metrics named validation/* and indexer/*; the model is not changed. All ranks call this alike."""
         device = pool.model.embed.weight.device
         target_BT = self.batch.target_BT
+        mine = rows_of(world.place.data, world.mesh.data, len(target_BT))
 
-        def measure(model: Transformer, index: int) -> RowSums:
+        def measure(model: Transformer, index: int | None) -> RowSums | None:
+            if index is None:
+                return stand_by(model, backward=False)
             return row.measure(model, row.pick(self.batch, index, device), mode)
 
-        rows = list(pool.map(measure, range(len(target_BT))))
-        return metrics.validation(rows, row.count_rows(self.batch), count_bytes(target_BT, self.byte_count_V))
+        turns = [index for index in mine if index is not None or world.expert.size > 1]
+        measured = zip(turns, pool.map(measure, turns), strict=True)
+        own = {index: sums for index, sums in measured if index is not None and sums is not None}
+        rows, load_LE = together.gather_rows(world, own)
+        num_bytes = count_bytes(target_BT, self.byte_count_V)
+        return metrics.validation(rows, row.count_rows(self.batch), num_bytes, load_LE)
 
     def bigram(self, data: Data) -> Bigram:
         """The bigram model of the whole training split on exactly these targets."""

@@ -27,7 +27,7 @@ def gradients_of(parts: Parts) -> dict[str, Tensor]:
 
 def told(result: StepResult) -> dict[str, float]:
     """The metrics of a step."""
-    return metrics.losses(result.rows, result.counts) | metrics.routing(result.rows, result.counts)
+    return metrics.losses(result.rows, result.counts) | metrics.routing(result.rows, result.counts, result.load_LE)
 
 
 def check_order_of_rows() -> None:

@@ -65,8 +65,7 @@ class FixedStream:
     batch: Batch
 
     def rows(self, segment: int, first: int, count: int) -> Batch:
-        assert count == len(self.batch.token_BT)
-        return self.batch
+        return Batch(**{name: getattr(self.batch, name)[first : first + count] for name in Batch.__slots__})
 
 
 def make_parts(batch: Batch, dtype: str = "fp32", **changes: Any) -> Parts:

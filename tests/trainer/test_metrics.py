@@ -4,8 +4,8 @@ import math
 from dataclasses import replace
 
 import torch
+from torch import Tensor
 
-from data.batch import Batch
 from model.losses import TermCounts
 from trainer import metrics
 from trainer.row import RowSums
@@ -23,7 +23,13 @@ def make_row(scale: float, loads: list[list[int]]) -> RowSums:
         load_LE=torch.tensor(loads),
         entropy_L=(90.0 * scale, 30.0 * scale, 60.0 * scale),
         recall_L=((int(8 * scale), int(16 * scale)), None, None),
+        source=0,
+        targets=0,
     )
+
+
+def load(rows: list[RowSums]) -> Tensor:
+    return torch.stack([row.load_LE for row in rows]).sum(0)
 
 
 ROWS = [make_row(0.25, [[9, 0], [3, 1], [2, 2]]), make_row(0.75, [[0, 9], [5, 1], [0, 4]])]
@@ -39,7 +45,7 @@ def test_losses_are_sums_over_counts_and_means_over_layers() -> None:
 
 
 def test_routing_is_of_the_learned_layers() -> None:
-    found = metrics.routing(ROWS, COUNTS)
+    found = metrics.routing(ROWS, COUNTS, load(ROWS))
     assert found["router/load_max_ratio"] == (8 / 5 + 6 / 4) / 2
     assert found["router/entropy_nats"] == (30 + 60) / (30 * 2)
     assert found["router/dead_experts"] == 0
@@ -48,32 +54,24 @@ def test_routing_is_of_the_learned_layers() -> None:
 def test_dead_experts_are_those_without_a_token_in_all_rows() -> None:
     loads = [[[9, 0], [0, 4], [2, 0]], [[9, 0], [0, 6], [0, 4]]]
     rows = [make_row(0.5, load_LE) for load_LE in loads]
-    assert metrics.routing(rows, COUNTS)["router/dead_experts"] == 1, "hash layers do not count"
-    assert metrics.load(rows).tolist() == [[18, 0], [0, 10], [2, 4]]
+    assert metrics.routing(rows, COUNTS, load(rows))["router/dead_experts"] == 1, "hash layers do not count"
 
 
 def test_losses_by_source_are_over_the_targets_of_its_rows() -> None:
     """Two rows of source 0, one of source 2, none of source 1, and one of source 3 without a target."""
-    rows = [replace(ROWS[0], lm=nats) for nats in (6.0, 9.0, 8.0, 0.0)]
-    target_BT = torch.tensor([[5, 7, -1], [-1, 0, 3], [2, 2, 2], [-1, -1, -1]])
-    batch = Batch(
-        token_BT=target_BT,
-        target_BT=target_BT,
-        document_BT=target_BT,
-        position_BT=target_BT,
-        source_B=torch.tensor([0, 2, 0, 3]),
-    )
-    found = metrics.by_source(rows, batch, ("books", "web", "code", "empty"))
+    of_rows = [(6.0, 0, 2), (9.0, 2, 2), (8.0, 0, 3), (0.0, 3, 0)]
+    rows = [replace(ROWS[0], lm=nats, source=source, targets=targets) for nats, source, targets in of_rows]
+    found = metrics.by_source(rows, ("books", "web", "code", "empty"))
     assert found == {"loss/source/books": 14 / 5, "loss/source/code": 9 / 2}
 
 
 def test_validation_counts_bits_over_the_bytes_of_all_targets() -> None:
-    found = metrics.validation(ROWS, COUNTS, num_bytes=50)
+    found = metrics.validation(ROWS, COUNTS, 50, load(ROWS))
     assert found == {
         "validation/loss": 2.0,
         "validation/bits_per_byte": 40 / math.log(2) / 50,
         "validation/mtp_loss": 3.0,
-        "validation/load_max_ratio": metrics.routing(ROWS, COUNTS)["router/load_max_ratio"],
+        "validation/load_max_ratio": metrics.routing(ROWS, COUNTS, load(ROWS))["router/load_max_ratio"],
         "indexer/kl_nats": 0.4,
         "indexer/recall": 0.5,
         "indexer/recall_L": [0.5, None, None],
@@ -85,15 +83,15 @@ def test_what_a_stage_does_not_have_is_left_out() -> None:
     plain = [replace(row, indexer_L=(None,) * 3, balance_L=(None,) * 3, recall_L=(None,) * 3) for row in ROWS]
     counts = replace(COUNTS, mtp=0)
     assert metrics.losses(plain, counts).keys() == {"loss/lm"}
-    assert metrics.routing(plain, counts) == {}
-    assert metrics.validation(plain, counts, 50).keys() == {"validation/loss", "validation/bits_per_byte"}
+    assert metrics.routing(plain, counts, load(plain)) == {}
+    assert metrics.validation(plain, counts, 50, load(plain)).keys() == {"validation/loss", "validation/bits_per_byte"}
 
 
 def test_no_counts_are_no_division_by_zero() -> None:
     silent = [replace(make_row(0.0, [[0, 0]] * 3), recall_L=(None,) * 3)]
-    found = metrics.losses(silent, TermCounts()) | metrics.routing(silent, TermCounts())
+    found = metrics.losses(silent, TermCounts()) | metrics.routing(silent, TermCounts(), load(silent))
     assert found.pop("router/dead_experts") == 4
-    found |= metrics.validation(silent, TermCounts(), 0)
+    found |= metrics.validation(silent, TermCounts(), 0, load(silent))
     assert set(found.values()) == {0.0}
 
 

@@ -11,9 +11,10 @@ from data.batch import Batch
 from model.names import alias_of
 from optim.optimizer import Optimizer
 from tests.trainer import step_checks, steps
-from trainer import row, step
+from trainer import row, step, together
 from trainer.laps import Laps
 from trainer.parallel.reduce import ExactSum
+from trainer.parallel.world import World
 from trainer.step import Parts, StepResult
 
 Patch = pytest.MonkeyPatch
@@ -29,13 +30,13 @@ def float_sums(patch: Patch) -> None:
         self._largest[name] += largest
 
     patch.setattr(ExactSum, "_add", add)
-    patch.setattr(ExactSum, "result", lambda self: {n: t.view(torch.float64).float() for n, t in self._sums.items()})
+    patch.setattr(ExactSum, "read", lambda self, name, rows: self._sums[name][rows].view(torch.float64).float())
 
 
 def shared_uses_added_first(patch: Patch) -> None:
     """The MTP branch's gradient of a shared weight is added to the main model's in floating point."""
 
-    def collect(model: torch.nn.Module, sums: ExactSum) -> None:
+    def collect(parts: Parts, model: torch.nn.Module, turn: int) -> None:
         leaves: dict[str, Tensor] = {}
         for name, parameter in model.named_parameters():
             if parameter.grad is not None:
@@ -43,7 +44,7 @@ def shared_uses_added_first(patch: Patch) -> None:
                 leaves[shared] = leaves[shared] + parameter.grad if shared in leaves else parameter.grad
                 parameter.grad = None
         for name, leaf in leaves.items():
-            sums.add(name, leaf)
+            parts.sums.add(name, leaf)
 
     patch.setattr(step, "_collect", collect)
 
@@ -62,8 +63,12 @@ def counts_per_row(patch: Patch) -> None:
 
 
 def load_of_the_last_row(patch: Patch) -> None:
-    update = step.update_biases
-    patch.setattr(step, "update_biases", lambda model, rows, speed: update(model, rows[-1:], speed))
+    gather = together.gather_rows
+
+    def gather_last(world: World, mine: dict[int, row.RowSums]) -> tuple[tuple[row.RowSums, ...], Tensor]:
+        return gather(world, mine)[0], mine[max(mine)].load_LE
+
+    patch.setattr(together, "gather_rows", gather_last)
 
 
 def biases_in_warm_up(patch: Patch) -> None:
@@ -71,7 +76,7 @@ def biases_in_warm_up(patch: Patch) -> None:
 
     def and_biases(parts: Parts, *rest: object) -> StepResult | None:
         result = take(parts, *rest)
-        step.update_biases(parts.model, list(result.rows), 1e-3)
+        step.update_biases(parts.model, result.load_LE, 1e-3)
         return result
 
     patch.setattr(steps, "train_step", and_biases)

@@ -4,7 +4,6 @@ import gc
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch._C._profiler import _EventType
 

@@ -64,10 +64,10 @@ class ExpertDispatcher:
             received=received,
         )
 
-    def combine(self, y_PD: Tensor, arrived: Arrived, shape: torch.Size) -> Tensor:
+    def combine(self, y_PD: Tensor, dispatched: Arrived, shape: torch.Size) -> Tensor:
         """Send the results back and add them up as `LocalDispatcher.combine` does."""
-        y_PD = exchange(y_PD, arrived.received, arrived.sent, self._group.handle)
-        return self._local.combine(y_PD, arrived.local, shape)
+        y_PD = exchange(y_PD, dispatched.received, dispatched.sent, self._group.handle)
+        return self._local.combine(y_PD, dispatched.local, shape)
 
 
 def exchange(x_PD: Tensor, sent: list[int], received: list[int], group: Any) -> Tensor:
@@ -146,6 +146,7 @@ def apply_experts(model: Transformer, group: Group, *, exact: bool) -> None:
         block.ffn.dispatcher = ExpertDispatcher(group)
         experts = block.ffn.experts
         block.ffn.experts = RowExperts(experts, group.size) if exact else MergedExperts(experts)
+    model.add_module("stand_by", StandBy(model))
 
 
 def leaves(model: Transformer) -> Iterator[tuple[str, nn.Parameter, int | None]]:
@@ -162,18 +163,32 @@ def leaves(model: Transformer) -> Iterator[tuple[str, nn.Parameter, int | None]]
                     yield f"{name}.{weight}", leaf, row
 
 
-def stand_by(model: Transformer, *, backward: bool) -> None:
-    """Take part in the other ranks' exchanges of one row without a row of one's own: sends nothing, computes for them.
+class StandBy(nn.Module):
+    """Takes part in the other ranks' exchanges of one row without a row of one's own: sends nothing, computes for them.
 
-    Walks the layers through the model's own seams, so that recomputation asks for the same exchanges again.
+    A module without parameters, so that what watches forward passes can watch this one too.
     """
-    weight = model.embed.weight
-    h_BTD = weight.new_zeros(1, 0, weight.shape[1]).requires_grad_(backward)
-    with torch.set_grad_enabled(backward):
-        for block in model.layers:
-            h_BTD = model.run_block(_Experts(block), h_BTD)
-        for block in model.branches():
-            h_BTD = _Experts(block)(h_BTD)
+
+    def __init__(self, model: Transformer) -> None:
+        super().__init__()
+        self._model = [model]  # in a list: not a part of this module, which is a part of the model
+
+    def forward(self, *, backward: bool) -> Tensor:
+        """Walks the layers through the model's own seams, so that recomputation asks for the same exchanges again."""
+        (model,) = self._model
+        weight = model.embed.weight
+        h_BTD = weight.new_zeros(1, 0, weight.shape[1]).requires_grad_(backward)
+        with torch.set_grad_enabled(backward):
+            for block in model.layers:
+                h_BTD = model.run_block(_Experts(block), h_BTD)
+            for block in model.branches():
+                h_BTD = _Experts(block)(h_BTD)
+        return h_BTD
+
+
+def stand_by(model: Transformer, *, backward: bool) -> None:
+    """One row's turn for a rank that has none, forwards and, if the others have one, backwards."""
+    h_BTD = next(module for module in model.modules() if isinstance(module, StandBy))(backward=backward)
     if backward:
         h_BTD.sum().backward()
 
@@ -181,12 +196,13 @@ def stand_by(model: Transformer, *, backward: bool) -> None:
 class _Experts(nn.Module):
     """A layer's mixture of experts alone."""
 
-    def __init__(self, block: Block) -> None:
+    def __init__(self, block: nn.Module) -> None:
         super().__init__()
-        self._block = [block]  # in a list: not a part of this module, whose parameters would otherwise be listed twice
+        self._block = [block]  # in a list: its parameters are the model's
 
     def forward(self, h_BTD: Tensor) -> Tensor:
         (block,) = self._block
+        assert isinstance(block, Block)
         none_BT = torch.zeros(h_BTD.shape[:2], dtype=torch.int64, device=h_BTD.device)
         y_BTD, _ = block.run_ffn(block.ffn, h_BTD, none_BT, none_BT)
         return y_BTD

@@ -10,7 +10,7 @@ bits of 24 plus the wanted integer. The bits of 24 are taken off once, at the en
 
 import struct
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -73,9 +73,7 @@ class ExactSum:
 
     def _add(self, name: str, leaf_P: Tensor, largest: float) -> None:
         if self._largest[name] + largest >= LIMIT:
-            raise OverflowError(
-                f"gradient {name} = {largest:g}: expected elements whose sum stays below {LIMIT:g} (exact sums)"
-            )
+            raise OverflowError(_overflow(name, largest))
         self._largest[name] += largest
         self._centred[name] += largest < REACH
         for part, fixed, fixed_integers in self._chunks(leaf_P.numel()):
@@ -91,20 +89,45 @@ class ExactSum:
         """The accumulators by name, as they are."""
         return self._sums
 
+    def bounds(self) -> Tensor:
+        """What `merge` needs of each process, fp64 [P, 2] by name: the largest elements' sum, and how often centred."""
+        rows = [(self._largest[name], self._centred[name]) for name in self._sums]
+        return torch.tensor(rows, dtype=torch.float64, device=self._chunk.device).reshape(-1, 2)
+
+    def merge(self, bounds_RP2: Tensor, ranks: Mapping[str, Collection[int]]) -> None:
+        """The sums are about to be those of several processes. bounds_RP2: of all data ranks, alike on each.
+
+        ranks: the rows of it whose accumulators are added, where not all. Raises OverflowError, on all processes.
+        """
+        largest_P = bounds_RP2[:, :, 0].sum(0).tolist()
+        for number, (name, largest) in enumerate(zip(self._sums, largest_P, strict=True)):
+            if largest >= LIMIT:
+                raise OverflowError(_overflow(name, largest))
+            added = list(ranks.get(name, range(len(bounds_RP2))))
+            self._largest[name] = largest
+            self._centred[name] = int(bounds_RP2[added, number, 1].sum())
+
+    def is_touched(self, name: str) -> bool:
+        """False where every leaf so far was zero, or there was none."""
+        return self._largest[name] > 0
+
     @torch.no_grad()
     def result(self) -> dict[str, Tensor]:
         """The sums so far, rounded to the result's type; those of 32 and more by way of fp64."""
         with self._lock:
-            return {name: self._read(name, total) for name, total in self._sums.items()}
+            return {name: self.read(name, slice(None)) for name in self._sums}
 
-    def _read(self, name: str, total: Tensor) -> Tensor:
+    def read(self, name: str, rows: slice) -> Tensor:
+        """Rows of one sum, rounded to the result's type."""
+        total = self._sums[name][rows]
         result = torch.zeros_like(total, dtype=self._dtype)
         if not self._largest[name]:
             return result
         near = self._largest[name] < REACH
         offset = _wrapped((near - self._centred[name]) * CENTRE_BITS)
+        integers = _integers(total)
         for part, fixed, fixed_integers in self._chunks(total.numel()):
-            fixed_integers[:] = self._integers[name][part]
+            fixed_integers[:] = integers[part]
             fixed_integers += offset
             if near:
                 fixed.sub_(CENTRE)
@@ -118,6 +141,10 @@ class ExactSum:
         for start in range(0, size, CHUNK):
             length = min(CHUNK, size - start)
             yield slice(start, start + length), self._chunk[:length], self._chunk_integers[:length]
+
+
+def _overflow(name: str, largest: float) -> str:
+    return f"gradient {name} = {largest:g}: expected elements whose sum stays below {LIMIT:g} (exact sums)"
 
 
 def _integers(tensor: Tensor) -> Any:

@@ -124,6 +124,10 @@ class World:
             dist.destroy_process_group()
 
 
+ALONE = World()
+"""The world of one process."""
+
+
 def exact_parts(numbers: Sequence[float]) -> list[float]:
     """A few numbers whose exact sum is that of all, so that sums of parts lose nothing; [nan] unless all are finite."""
     if not all(map(math.isfinite, numbers)):
@@ -137,7 +141,7 @@ def exact_parts(numbers: Sequence[float]) -> list[float]:
 def start(mesh: Mesh, place: Placement, device: torch.device, patience: timedelta = PATIENCE) -> World:
     """Join the run's other processes; all of them call this. One process joins nothing."""
     if mesh.size == 1:
-        return World()
+        return ALONE
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(
         backend, init_method=place.address, rank=place.rank, world_size=place.size, timeout=patience

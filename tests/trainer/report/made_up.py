@@ -47,6 +47,7 @@ def row(step: int, source: str = "text") -> dict[str, Any]:
         "time/forward_s": 3.0,
         "time/backward_s": 5.0,
         "time/reduce_s": 0.5,
+        "time/exchange_s": 0.2,
         "time/update_s": 1.0,
         "time/observe_s": 0.01,
         "time/validation_s": 0.5,

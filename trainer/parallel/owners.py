@@ -1,0 +1,139 @@
+"""Who owns what: the spans of each rank, sums of gradients to their owners, new weights from them to everybody.
+
+Dense members belong to the ranks of `Mesh.owner_group`, experts to those of `Mesh.replica_group`. A rank's optimizer
+knows its own spans only; each is a tensor of its own there, a view of the parameter's rows.
+"""
+
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from optim import zero
+from optim.groups import Member, Span
+from trainer.parallel.world import Group, World
+
+EXPERTS = "experts"
+"""The parameter group that expert ranks share out."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Share:
+    """One owner's spans of a group of ranks."""
+
+    group: Group
+    owner: int
+    spans: tuple[Span, ...]
+
+    @property
+    def is_mine(self) -> bool:
+        return self.owner == self.group.index
+
+
+class Ownership:
+    """What this rank holds and owns. members: `zero.cut`; held: its experts of each layer."""
+
+    def __init__(
+        self, members: Sequence[Member], shapes: Mapping[str, Sequence[int]], held: range, world: World
+    ) -> None:
+        """shapes: of whole parameters."""
+        self._shapes, self._first, self._world = shapes, held.start, world
+        experts = [member for member in members if member.group == EXPERTS]
+        here = [member for member in experts if member.start in held]
+        dense = [member for member in members if member.group != EXPERTS]
+        self._stacked = {member.parameter for member in experts}
+        self.shares = (
+            *_shares(dense, zero.assign_dense(dense, shapes, world.owners.size), world.owners),
+            *_shares(here, zero.assign_experts(here, world.replicas.size), world.replicas),
+        )
+        self.spans = tuple(span for share in self.shares if share.is_mine for span in share.spans)
+        self._members = [*dense, *here]
+
+    def rows(self, span: Span, tensor: Tensor) -> Tensor:
+        """A span's rows of what this rank holds of its parameter, or of a tensor shaped like that."""
+        first = self._first if span.parameter in self._stacked else 0
+        return tensor[span.start - first : span.stop - first]
+
+    def whole_shape(self, parameter: str) -> tuple[int, ...]:
+        """The shape of a parameter on one process."""
+        return tuple(self._shapes[parameter])
+
+    def first_row(self, parameter: str) -> int:
+        """The row of the whole parameter at which the part that is held begins."""
+        return self._first if parameter in self._stacked else 0
+
+    def key(self, span: Span) -> str:
+        """The name of a span in this rank's optimizer: its parameter's where it is whole."""
+        whole = span.stop - span.start == self._shapes[span.parameter][0]
+        return span.parameter if whole else f"{span.parameter}[{span.start}:{span.stop}]"
+
+    def members(self) -> list[Member]:
+        """The members of the own spans, as the optimizer knows them."""
+        return list(self._mine(lambda member: True))
+
+    def counted(self) -> set[str]:
+        """Names of the members that this rank tells of: of those that several own, one does."""
+        first = self._world.same_owners.index == 0
+        return {member.name for member in self._mine(lambda member: first or member.group == EXPERTS)}
+
+    def _mine(self, wanted: Callable[[Member], bool]) -> Iterator[Member]:
+        for span in self.spans:
+            for member in self._members:
+                if member.parameter == span.parameter and span.start <= member.start < span.stop and wanted(member):
+                    start, stop = member.start - span.start, member.stop - span.start
+                    yield replace(member, parameter=self.key(span), start=start, stop=stop)
+
+    def reduce(self, sums: Any) -> dict[str, Tensor]:
+        """Bring the ranks' sums together; returns the gradients of the own spans by key. sums: see `reduce.py`."""
+        world = self._world
+        first = world.data.ranks[0]
+        replicas = [rank - first for rank in world.replicas.ranks]
+        sums.merge(world.data.gather_rows(sums.bounds()), dict.fromkeys(self._stacked, replicas))
+        waiting = []
+        for share in self.shares:
+            for span in share.spans:
+                if share.group.size > 1 and sums.is_touched(span.parameter):
+                    total = self.rows(span, sums.totals()[span.parameter])
+                    to = share.group.ranks[share.owner]
+                    waiting.append(dist.reduce(total, to, group=share.group.handle, async_op=True))
+        _wait(waiting)
+        if world.same_owners.size > 1:
+            self._between_owners(sums)
+        return {self.key(span): sums.read(span.parameter, self._local(span)) for span in self.spans}
+
+    def _between_owners(self, sums: Any) -> None:
+        """Ranks that own the same dense spans have sums of different rows: all of them get the whole."""
+        group = self._world.same_owners
+        dense = [span for span in self.spans if span.parameter not in self._stacked]
+        touched = [span for span in dense if sums.is_touched(span.parameter)]
+        totals = [self.rows(span, sums.totals()[span.parameter]) for span in touched]
+        _wait([dist.all_reduce(total, group=group.handle, async_op=True) for total in totals])
+
+    def _local(self, span: Span) -> slice:
+        first = self.first_row(span.parameter)
+        return slice(span.start - first, span.stop - first)
+
+    def publish(self, parameters: Mapping[str, Tensor], changed: Collection[str]) -> None:
+        """Hand the owners' new weights of the parameters `changed` to all ranks that hold them, as bytes."""
+        waiting = []
+        for share in self.shares:
+            for span in share.spans:
+                if share.group.size > 1 and span.parameter in changed:
+                    rows = self.rows(span, parameters[span.parameter]).view(torch.uint8)
+                    source = share.group.ranks[share.owner]
+                    waiting.append(dist.broadcast(rows, source, group=share.group.handle, async_op=True))
+        _wait(waiting)
+
+
+def _shares(members: Sequence[Member], owners: Sequence[int], group: Group) -> Iterator[Share]:
+    for owner in range(group.size):
+        mine = [member for member, of in zip(members, owners, strict=True) if of == owner]
+        yield Share(group=group, owner=owner, spans=tuple(zero.spans(mine)))
+
+
+def _wait(works: Sequence[Any]) -> None:
+    for work in works:
+        work.wait()

@@ -1,0 +1,17 @@
+"""Where a process stands among those of a run, as whoever started it says."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Placement:
+    """rank of `size` processes; local_rank: on its machine. address: how they meet, as torch.distributed takes it."""
+
+    rank: int
+    size: int
+    local_rank: int
+    address: str
+
+
+SINGLE = Placement(rank=0, size=1, local_rank=0, address="")
+"""One process."""

@@ -1,0 +1,51 @@
+"""What the ranks of a step bring together: their rows, counts and losses; on one process just these."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import fields, replace
+
+import torch
+from torch import Tensor
+
+from data.batch import Batch
+from data.stream import Stream
+from model.losses import TermCounts
+from trainer.parallel.world import World
+from trainer.row import RowSums
+from trainer.schedule import StepPlan
+
+
+def read_rows(stream: Stream, plan: StepPlan, mine: Sequence[int | None]) -> Batch:
+    """The rows of a step that this rank computes, in order; B may be 0. mine: `mesh.rows_of`."""
+    numbers = [index for index in mine if index is not None]
+    if len(numbers) == plan.rows:
+        return stream.rows(plan.segment, plan.first_row, plan.rows)
+    ones = [stream.rows(plan.segment, plan.first_row + index, 1) for index in numbers]
+    ones = ones or [stream.rows(plan.segment, plan.first_row, 0)]
+    return Batch(**{field.name: torch.cat([getattr(one, field.name) for one in ones]) for field in fields(Batch)})
+
+
+def count(world: World, counts: TermCounts) -> TermCounts:
+    """The denominators of the whole step."""
+    names = [field.name for field in fields(TermCounts)]
+    total = torch.tensor([getattr(counts, name) for name in names])
+    world.control.add(total)
+    return TermCounts(**dict(zip(names, total.tolist(), strict=True)))
+
+
+def add(world: World, number: int) -> int:
+    """The sum of all ranks' integers."""
+    total = torch.tensor(number)
+    world.control.add(total)
+    return int(total)
+
+
+def gather_rows(world: World, mine: Mapping[int, RowSums]) -> tuple[tuple[RowSums, ...], Tensor]:
+    """The sums of all ranks' rows by number, without their loads, and the loads of all together: load_LE."""
+    light = {index: replace(one, load_LE=one.load_LE[:0]) for index, one in mine.items()}
+    found = {index: one for of_rank in world.gather(light) for index, one in of_rank.items()}
+    rows = tuple(found[index] for index in sorted(found))
+    load_LE = torch.zeros(len(rows[0].entropy_L), rows[0].load_LE.shape[1], dtype=torch.int64)
+    for one in mine.values():
+        load_LE += one.load_LE
+    world.control.add(load_LE)
+    return rows, load_LE
