@@ -22,6 +22,7 @@ from trainer.machine import product_rate
 from trainer.manifest import CheckpointError
 from trainer.observe import Observer
 from trainer.parallel.apply import choose_kernels, describe_kernels
+from trainer.parallel.placement import SINGLE, Placement
 from trainer.progress import Progress
 from trainer.sample import generate
 from trainer.stop import Stop, on_signals
@@ -39,12 +40,13 @@ class Session:
     """How one process works on a run: nothing here changes what the run computes.
 
     stop_at: stop before the step of this number, as if asked to. allow_changes: resume although something that decides
-    the bits differs. json: progress as JSON lines on standard output.
+    the bits differs. json: progress as JSON lines on standard output. place: which of the run's processes this is.
     """
 
     stop_at: int = sys.maxsize
     allow_changes: bool = False
     json: bool = False
+    place: Placement = SINGLE
 
     def say(self, text: str) -> None:
         """A line for people."""
@@ -59,13 +61,14 @@ def train(
     stop_at: int = sys.maxsize,
     allow_changes: bool = False,
     json: bool = False,
+    place: Placement = SINGLE,
 ) -> int:
     """Continue the unfinished run of exactly this configuration, or start one; returns the exit code.
 
     new: start afresh in any case. overrides: what the user typed, kept beside the run. The others: see `Session`.
     Raises ValueError for what the user can mend.
     """
-    session = Session(stop_at=stop_at, allow_changes=allow_changes, json=json)
+    session = Session(stop_at=stop_at, allow_changes=allow_changes, json=json, place=place)
     found = None
     if not new:
         identity = folder.identity(asdict(config))
@@ -96,9 +99,10 @@ def resume(
     stop_at: int = sys.maxsize,
     allow_changes: bool = False,
     json: bool = False,
+    place: Placement = SINGLE,
 ) -> int:
     """Go on from the newest checkpoint that verifies, or from the beginning where there is none; see `train`."""
-    return _resume(config, run_folder, Session(stop_at=stop_at, allow_changes=allow_changes, json=json))
+    return _resume(config, run_folder, Session(stop_at=stop_at, allow_changes=allow_changes, json=json, place=place))
 
 
 def _resume(config: TrainConfig, run_folder: RunFolder, session: Session) -> int:

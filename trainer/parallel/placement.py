@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Placement:
-    """rank of `size` processes; local_rank: on its machine. address: how they meet, as torch.distributed takes it."""
+    """rank of `size` processes; local_rank: on its machine. address: where they meet, tcp://HOST:PORT."""
 
     rank: int
     size: int
