@@ -1,0 +1,65 @@
+"""Proves that an impossible layout is one line with the arithmetic in it, exit code 2, and that others are composed."""
+
+import pytest
+
+from launch.compose import choices, compose
+from launch.main import main
+from trainer.parallel.mesh import Mesh
+
+EXPERTS = 8
+"""Of the debug model, which these overrides start from."""
+IMPOSSIBLE = {
+    "threads=1 parallel.data=3 parallel.expert=2": "parallel.expert = 2: expected a divisor of parallel.data=3",
+    "threads=1 parallel.data=2 parallel.expert=4": "parallel.expert = 4: expected a divisor of parallel.data=2",
+    "threads=1 parallel.data=6 parallel.expert=3": (
+        f"parallel.expert = 3: expected a divisor of model.n_routed_experts={EXPERTS}"
+    ),
+    "threads=1 parallel.data=32 parallel.expert=16": (
+        f"parallel.expert = 16: expected a divisor of model.n_routed_experts={EXPERTS}"
+    ),
+    "threads=2 parallel.data=2 parallel.expert=2": (
+        "threads = 2: expected 1 with this parallel section: ranks exchange tokens row by row"
+    ),
+    "threads=4 parallel.reduction=fast": "threads = 4: expected 1 with this parallel section: sums have an order",
+    "parallel.pipe=2": "parallel.pipe = 2: expected 1: larger sizes are not there yet",
+    "parallel.context=4": "parallel.context = 4: expected 1: larger sizes are not there yet",
+    "parallel.pipe=0": "parallel.pipe = 0: expected a positive number of ranks",
+    "parallel.data=-1": "parallel.data = -1: expected a positive number of ranks",
+    "parallel.expert=0": "parallel.expert = 0: expected a positive number of ranks",
+    "parallel.owners_limit=0": "parallel.owners_limit = 0: expected a positive number of ranks",
+    "parallel.check_every_steps=-1": "parallel.check_every_steps = -1: expected at least 0 (0 never)",
+    "parallel.reduction=exakt": "parallel.reduction = exakt: expected one of exact, fast",
+    "parallel.dense_reduction=fp16": "parallel.dense_reduction = fp16: expected one of fp32, bf16",
+    "parallel=cpu3": "parallel = cpu3: expected one of cpu2, cpu4, cpu8, single",
+}
+POSSIBLE = {
+    "parallel=single": Mesh(),
+    "parallel=cpu2": Mesh(data=2, expert=2, owners=2),
+    "parallel=cpu4": Mesh(data=4, expert=2, owners=4),
+    "parallel=cpu8": Mesh(data=8, expert=4, owners=8),
+    "parallel.data=3": Mesh(data=3, owners=3),
+    "threads=1 parallel.data=12 parallel.expert=4": Mesh(data=12, expert=4, owners=12),
+    "parallel.data=96": Mesh(data=96, owners=48),
+    "parallel.data=67": Mesh(data=67, owners=1),
+    "parallel.data=67 parallel.owners_limit=67": Mesh(data=67, owners=67),
+    "parallel.data=96 parallel.owners_limit=7": Mesh(data=96, owners=6),
+}
+
+
+@pytest.mark.usefixtures("merge_once")
+@pytest.mark.parametrize("words", IMPOSSIBLE)
+def test_an_impossible_layout_is_one_line(words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", *words.split()]) == 2
+    assert capsys.readouterr() == ("", f"keel: error: {IMPOSSIBLE[words]}\n")
+
+
+@pytest.mark.usefixtures("merge_once")
+@pytest.mark.parametrize("words", POSSIBLE)
+def test_a_possible_layout_is_its_mesh(words: str) -> None:
+    config = compose(words.split()).config
+    assert config.model.n_routed_experts == EXPERTS
+    assert config.parallel.mesh == POSSIBLE[words]
+
+
+def test_every_layout_has_a_test() -> None:
+    assert {f"parallel={choice}" for choice in choices("parallel")} <= set(POSSIBLE)
