@@ -34,6 +34,7 @@ class Sizes:
     C: int = 512
     pairs: int = 32
     F: int = 2048
+    E: int = 256
     K: int = 6
     window: int = 128
     ratios: tuple[int, int] = (4, 128)
@@ -42,7 +43,7 @@ class Sizes:
     J: int = 128
 
 
-TINY = Sizes(T=16, D=16, H=2, C=16, pairs=2, F=16, K=1, window=4, ratios=(4, 8), topk=2, I=2, J=16)
+TINY = Sizes(T=16, D=16, H=2, C=16, pairs=2, F=16, E=3, K=1, window=4, ratios=(4, 8), topk=2, I=2, J=16)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -67,6 +68,7 @@ def cases(s: Sizes, device: torch.device, dtype: torch.dtype) -> Iterator[Case]:
     """Every kernel of `model.kernels`, one after the other, so that only one case's tensors exist at a time."""
     yield from _streams(s, device, dtype)
     yield from _rows(s, device, dtype)
+    yield _products(s, device, dtype)
     yield from _pools(s, device)
     yield from _attention(s, device, dtype)
     yield _selection(s, device, dtype)
@@ -144,6 +146,22 @@ def _rows(s: Sizes, device: torch.device, dtype: torch.dtype) -> Iterator[Case]:
         inputs=(make(s.T * s.K, s.F), make(s.T * s.K, s.F), island(s.T * s.K)),
         moved=(3 * PF * size, 5 * PF * size),
         formula="3 TKF; 5 TKF",
+    )
+
+
+def _products(s: Sizes, device: torch.device, dtype: torch.dtype) -> Case:
+    """Every pair's expert is drawn, so that counts are uneven."""
+    pairs = s.T * s.K
+    counts = torch.bincount(torch.randint(s.E, (pairs,)), minlength=s.E).tolist()
+    PD, EFD, PF = pairs * s.D, s.E * s.F * s.D, pairs * s.F
+    return Case(
+        name="experts' products",
+        plain=partial(experts.grouped_matmul, counts=counts),
+        kernel=partial(_kernel("grouped.grouped_matmul"), counts=counts),
+        inputs=(_random(device, dtype, pairs, s.D), _random(device, dtype, s.E, s.F, s.D, scale=0.02)),
+        moved=((PD + EFD + PF) * dtype.itemsize, (2 * PD + 2 * EFD + PF) * dtype.itemsize),
+        flop=(2 * PF * s.D, 4 * PF * s.D),
+        formula="(D+F) TK + EFD; (2D+F) TK + 2 EFD. bf16 products: 1, 2 times TKFD",
     )
 
 

@@ -1,4 +1,4 @@
-"""How close does each Triton kernel come to what the chip can do, and how much faster is it than plain PyTorch?
+"""How close does each kernel come to what the chip can do, and how much faster is it than plain PyTorch?
 
     python -m benchmarks.gpu_kernels [--device cuda|cpu] [--quick] [--repetitions N]
 

@@ -4,7 +4,7 @@
 
 The slice has V4-Flash's widths, a window, two CSA and two HCA layers, 32 of 256 experts, no MTP, a vocabulary of 16384;
 bf16. A step is forward and backward of one row of one document with all losses, sparse attention, each layer computed
-again in the backward pass ("block"), by deterministic algorithms; it is run with the Triton kernels, with plain
+again in the backward pass ("block"), by deterministic algorithms; it is run with the kernels ("triton"), with plain
 functions, and by transformers' `deepseek_v4` with its own loss, without recomputation, without the indexer's KL and
 with any algorithm, where that is installed.
 
@@ -43,7 +43,7 @@ from optim.optimizer import Optimizer
 from trainer import row
 from trainer.build import members
 from trainer.device import settle
-from trainer.parallel.apply import apply_kernels
+from trainer.parallel.apply import apply_kernels, serving
 from trainer.parallel.recompute import apply_recompute
 from trainer.pool import view_of
 
@@ -164,7 +164,7 @@ def _measure(prepare: Callable[[], Callable[[], object]], where: gpu.Place) -> t
 
 def _ours(model: Transformer, who: str, T: int, where: gpu.Place) -> Callable[[], object]:
     view = view_of(model)
-    apply_kernels(view, "triton" if who == "triton" else "off")
+    apply_kernels(view, serving(model.dtype) if who == "triton" else ())
     apply_recompute(view, ("block",))
     batch = _batch(model.config, T, where)
     counts = count(batch.target_BT, batch.document_BT, batch.position_BT)

@@ -83,8 +83,8 @@ def grouped_matmul(x_PD: Tensor, w_EFD: Tensor, counts: list[int]) -> Tensor:
 class Experts(nn.Module):
     """The routed experts of one layer: w1 (gate) and w3 (up) [E, F, D], w2 (down) [E, D, F].
 
-    held: the layer's experts that are here, all of them or a part. `grouped_matmul` is the precision seam, `swiglu` a
-    seam for kernels: same signatures as the functions above.
+    held: the layer's experts that are here, all of them or a part. `grouped_matmul` is the precision seam and,
+    like `swiglu`, one for kernels: same signatures as the functions above.
     """
 
     def __init__(self, held: range, hidden: int, intermediate: int, limit: float, dtype: torch.dtype) -> None:

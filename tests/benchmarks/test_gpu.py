@@ -19,7 +19,7 @@ def run(module: str, *words: str) -> subprocess.CompletedProcess[str]:
 @pytest.mark.parametrize(
     ("module", "expected"),
     [
-        ("gpu_kernels", ("mHC enter", "SwiGLU", "pool HCA", "attend CSA, selected", "select")),
+        ("gpu_kernels", ("mHC enter", "SwiGLU", "experts' products", "pool HCA", "attend CSA, selected", "select")),
         ("gpu_step", ("triton", "plain", "share of a step")),
         ("newton_schulz", ("plain", "symmetric", "Gram", "bf16")),
     ],

@@ -25,7 +25,7 @@ def test_every_kernel_compiles_for_hopper(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
     found = [json.loads(line) for line in done.stdout.splitlines()]
     files = {line["kernel"].split(".")[0].split("_")[0] for line in found}  # attend_query and attend_key serve attend
-    assert {seam.kernel.split(".")[0] for seam in SEAMS} == files
+    assert {seam.kernel.split(".")[0] for seam in SEAMS if seam.library == "triton"} == files
     assert [line for line in found if line["shared"] > SHARED_BYTES] == []
     assert [line for line in found if line["stack"] > SPILL_BYTES and not _fp32_product(line["kernel"])] == []
     attention = [
