@@ -34,15 +34,15 @@ from launch.compose import compose
 from model.config import InitConfig, ModelConfig
 from model.count import training_flops
 from model.init import initialize
+from model.logical import logical_tensors
 from model.losses import count
-from model.names import logical_tensors
 from model.transformer import Transformer
 from optim.config import OptimConfig
 from optim.groups import Member
 from optim.optimizer import Optimizer
 from trainer import row
-from trainer.build import members
 from trainer.device import settle
+from trainer.members import members
 from trainer.parallel.apply import apply_kernels, serving
 from trainer.parallel.recompute import apply_recompute
 from trainer.pool import view_of

@@ -28,15 +28,15 @@ from data.batch import Batch
 from launch.compose import compose
 from model.config import InitConfig, ModelConfig
 from model.init import initialize
+from model.logical import logical_tensors
 from model.losses import count
-from model.names import logical_tensors
 from model.transformer import Transformer
 from optim.config import MuonConfig, OptimConfig
 from optim.groups import Member
 from optim.iterations import iterations_flop
 from optim.optimizer import Optimizer
 from trainer import row
-from trainer.build import members
+from trainer.members import members
 
 MODELS: dict[str, tuple[Callable[[int], ModelConfig], int]] = {
     "debug": (lambda T: compose(["recipe=debug"]).config.model, 512),

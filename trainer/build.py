@@ -1,6 +1,5 @@
 """From configuration to the parts of a step: model, optimizer, sums, in the order that matters."""
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -12,13 +11,14 @@ from data.stream import Segment
 from model import names
 from model.config import AttentionMode
 from model.init import initialize
+from model.logical import logical_tensors, parameter_shapes
 from model.transformer import Transformer
-from optim import groups, zero
-from optim.groups import Member
+from optim import groups
 from optim.optimizer import Optimizer
 from trainer import schedule
 from trainer.config import TrainConfig
 from trainer.device import DTYPES
+from trainer.members import members
 from trainer.parallel.apply import apply_kernels, choose_kernels
 from trainer.parallel.expert import apply_experts
 from trainer.parallel.owners import Ownership
@@ -93,7 +93,7 @@ def build(config: TrainConfig, data: Data, device: torch.device, world: World = 
     if world.expert.size > 1:
         apply_experts(model, world.expert, exact=exact)
     shared = {name: tensor for name, tensor in model.named_parameters() if names.alias_of(name) is None}
-    every, shapes = members(names.logical_tensors(config.model)), names.parameter_shapes(config.model)
+    every, shapes = members(logical_tensors(config.model)), parameter_shapes(config.model)
     ownership = Ownership(every, shapes, model.held, world)
     dtype = torch.float64 if config.precision.dtype == "fp64" else torch.float32
     pool = RowPool(model, config.threads if device.type == "cpu" else 1)
@@ -125,15 +125,6 @@ def build(config: TrainConfig, data: Data, device: torch.device, world: World = 
     )
     table = groups.table(every, shapes, config.optim)
     return Built(config=config, data=data, parts=parts, plans=schedule.plan(config.schedule), table=table)
-
-
-def members(logicals: Iterable[names.Logical]) -> list[Member]:
-    """The model's logical tensors as the optimizer knows them, tables in parts."""
-    whole = [
-        Member(name=one.name, parameter=one.parameter, start=one.start, stop=one.stop, kind=one.kind, group=one.group)
-        for one in logicals
-    ]
-    return zero.cut(whole, {member.parameter: member.stop for member in whole if member.kind == "table"})
 
 
 def build_model(config: TrainConfig, device: torch.device, world: World = ALONE) -> Transformer:

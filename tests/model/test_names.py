@@ -16,15 +16,8 @@ from torch import Tensor
 from model.config import ModelConfig
 from model.count import parameters
 from model.inventory import released_tensors
-from model.names import (
-    NOT_ARCHITECTURE,
-    alias_of,
-    config_from_released,
-    load_released,
-    locate,
-    logical_tensors,
-    tensors,
-)
+from model.logical import alias_of, locate, logical_tensors, parameter_shapes
+from model.names import NOT_ARCHITECTURE, config_from_released, load_released, tensors
 from model.transformer import Transformer
 from tests.model.released import released_config
 from tests.oracles.cases import random_case, write_released
@@ -64,6 +57,11 @@ def test_released_tensors_cover_every_element_once(config: ModelConfig) -> None:
         assert part.shape == spec.shape, spec.name
         part += 1
     assert all(count.eq(1).all() for count in times.values())
+
+
+def test_shapes_are_those_of_the_parameters(config: ModelConfig) -> None:
+    named = {name: tuple(p.shape) for name, p in Transformer(config).named_parameters() if alias_of(name) is None}
+    assert parameter_shapes(config) == named
 
 
 def test_logical_tensors_partition_the_parameters(config: ModelConfig) -> None:

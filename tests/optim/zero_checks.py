@@ -4,10 +4,10 @@ from collections import Counter
 from collections.abc import Sequence
 
 from launch.compose import compose
-from model.inventory import released_tensors
-from model.names import locate, logical_tensors
+from model.logical import logical_tensors, parameter_shapes
 from optim import zero
 from optim.groups import Member
+from trainer.members import members
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -111,10 +111,5 @@ def fixed() -> tuple[list[Member], Shapes]:
 
 def dense(recipe: str) -> tuple[list[Member], Shapes]:
     config = compose([f"recipe={recipe}"]).config.model
-    whole = [
-        Member(name=one.name, parameter=one.parameter, start=one.start, stop=one.stop, kind=one.kind, group=one.group)
-        for one in logical_tensors(config)
-        if one.group != "experts"
-    ]
-    shapes = {locate(spec.name).parameter: spec.shape for spec in released_tensors(config, experts=0)}
-    return zero.cut(whole, rows_of(shapes)), shapes
+    found = [member for member in members(logical_tensors(config)) if member.group != "experts"]
+    return found, parameter_shapes(config)

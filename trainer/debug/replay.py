@@ -10,6 +10,7 @@ from torch import Tensor
 
 from data.batch import Batch
 from model import names
+from model.logical import logical_tensors
 from optim.state import copy_exactly
 from trainer import provenance
 from trainer.build import build_model
@@ -37,7 +38,7 @@ def replay(config: TrainConfig, path: Path, *, as_json: bool = False) -> int:
     mine = names.tensors(model)
     copy_exactly(mine, _in_types_of(mine, found.tensors), "model")
     fault = found.fault
-    groups: dict[str, str] = {one.parameter: one.group for one in names.logical_tensors(config.model)}
+    groups: dict[str, str] = {one.parameter: one.group for one in logical_tensors(config.model)}
     train_only(model, groups, frozen_groups(fault.plan.attention, groups))
     row: Batch = pick(fault.row, 0, device)
     events = trace(model, row, fault.plan.attention, fault.weights)
