@@ -115,7 +115,7 @@ class ValidationConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ObserveConfig:
-    """How often a step is watched closely: the load table, the mHC mixes, the clamped share."""
+    """How often a step is watched closely: the load table, the mHC mixes, the clamped share, the size of weights."""
 
     every_steps: int = 10
     """Also the first step and the last; 0 watches none."""

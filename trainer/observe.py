@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from model.count import training_flops
 from model.layers import island_dtype
@@ -54,9 +53,9 @@ class Observer:
         row["loss/bits_per_byte"] = metrics.bits_per_byte(result.rows, num_bytes)
         row |= {"optim/grad_norm": result.update.norm, "optim/clip_scale": result.update.clip_scale}
         row |= {f"optim/update_rms/{group}": rms for group, rms in sorted(result.update.update_rms.items())}
-        row |= weight_rms(parts) | metrics.routing(result.rows, counts, result.load_LE) | biases(parts.model)
+        row |= metrics.routing(result.rows, counts, result.load_LE) | biases(parts.model)
         if self._is_watched(plan):
-            row |= {"router/load_LE": result.load_LE.tolist()} | probe.measure(passes, parts.world)
+            row |= {"router/load_LE": result.load_LE.tolist()} | probe.measure(passes, parts.world) | weight_rms(parts)
         return row
 
     def _speed(self, plan: StepPlan, step_s: float) -> dict[str, float]:
@@ -99,14 +98,11 @@ def weight_rms(parts: Parts) -> dict[str, float]:
 
     A logical tensor's norm is computed by itself, where it is owned; their squares are added exactly.
     """
-    groups: list[str] = []
-    norms: list[Tensor] = []
+    told = list(parts.optimizer.weights())
+    norms = [torch.linalg.vector_norm(weight, dtype=island_dtype(weight.dtype)) for _, weight in told]
     numbers: dict[str, list[float]] = {}
-    for group, weight in parts.optimizer.weights():
-        groups.append(group)
-        norms.append(torch.linalg.vector_norm(weight, dtype=island_dtype(weight.dtype)).double())
+    for (group, weight), norm in zip(told, torch.stack(norms).double().tolist() if norms else [], strict=True):
         numbers.setdefault(f"size/{group}", []).append(weight.numel())
-    for group, norm in zip(groups, torch.stack(norms).tolist() if norms else [], strict=True):
         numbers.setdefault(f"square/{group}", []).append(norm**2)
     totals = parts.world.totals(numbers)
     sizes = {key.removeprefix("size/"): size for key, size in totals.items() if key.startswith("size/")}
