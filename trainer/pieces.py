@@ -52,6 +52,8 @@ def outline(pieces: Pieces) -> dict[str, Outline]:
     """What one rank will write; raises CheckpointError where a piece is none of its tensor or cannot be saved."""
     outlines, keys = {}, {_RESERVED}
     for name, parts in pieces.items():
+        if not parts:
+            continue
         for piece in parts:
             _check(name, piece)
             if (of_piece := key(name, piece.shape, piece.start, piece.stop)) in keys:
