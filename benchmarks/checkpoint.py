@@ -3,7 +3,8 @@
     python benchmarks/checkpoint.py [MEBIBYTES]
 
 Tensors of 4 MiB in fp32, in a temporary folder beside the caller. "submit" is what training waits for, first with
-fresh memory for the snapshot, then with that of the one before; "sha256" is one core's bound on save and load.
+fresh memory for the snapshot, then with that of the one before; "sha256" is one core's bound on save and load. A resume
+takes "verify", of which each rank does its share, and then "restore", into tensors that are there.
 """
 
 import hashlib
@@ -18,6 +19,7 @@ import torch
 
 from trainer import checkpoint, provenance
 from trainer.pieces import whole
+from trainer.reader import Reader, restore
 from trainer.writer import Writer
 
 
@@ -39,6 +41,8 @@ def main(mebibytes: int) -> None:
             "sha256": timed(lambda: [hashlib.sha256(tensor.numpy()).digest() for tensor in tensors.values()]),
             "save": timed(lambda: checkpoint.save(folder, 1, whole(tensors), {})),
             "load": timed(lambda: checkpoint.load(folder / "step-000001")),
+            "verify": timed(lambda: Reader(folder / "step-000001").verify()),
+            "restore": timed(lambda: restore(Reader(folder / "step-000001"), whole(tensors), tensors.keys())),
             "submit, first": timed(lambda: writer.submit(2, whole(tensors), {})),
             "write behind it": timed(writer.wait),
             "submit, later": timed(lambda: writer.submit(3, whole(tensors), {})),
