@@ -280,3 +280,12 @@ def test_a_prefix_leaves_other_names_alone(saved: Path) -> None:
     assert all(same_bits(targets[name], wanted[name]) for name in wanted)
     with pytest.raises(ValueError, match=r"^checkpoint model/more = nothing: expected a tensor$"):
         restore(Reader(saved), {}, [*targets, "model/more"], prefix="model/")
+
+
+@pytest.mark.gpu
+def test_tensors_on_a_gpu_go_and_come_back(tmp_path: Path, blocks: int) -> None:
+    there = {name: tensor.cuda() for name, tensor in crews.many_of(STEP).items()}
+    saved = Reader(checkpoint.save(tmp_path, STEP, whole(there), {}))
+    targets = {name: torch.zeros_like(tensor) for name, tensor in there.items()}
+    restore(saved, whole(targets), targets.keys())
+    assert all(same_bits(targets[name], tensor) for name, tensor in crews.many_of(STEP).items())
