@@ -15,7 +15,7 @@ from model.logical import logical_tensors, parameter_shapes
 from model.transformer import Transformer
 from optim import groups
 from optim.optimizer import Optimizer
-from trainer import schedule
+from trainer import holding, schedule
 from trainer.config import TrainConfig
 from trainer.device import DTYPES
 from trainer.members import members
@@ -24,7 +24,7 @@ from trainer.parallel.expert import apply_experts
 from trainer.parallel.owners import Ownership
 from trainer.parallel.reduce import ExactSum
 from trainer.parallel.world import ALONE, World
-from trainer.pieces import whole
+from trainer.pieces import Piece, whole
 from trainer.pool import RowPool
 from trainer.reader import Reader, restore
 from trainer.schedule import StepPlans
@@ -43,18 +43,24 @@ class Built:
     table: str
 
     def tensors(self) -> dict[str, Tensor]:
-        """All tensors of a checkpoint: the model's parameters and buffers, and the optimizer's state."""
+        """What this rank has of a checkpoint: the model's parameters and buffers, the state of what it owns."""
         of_model = {f"model/{name}": tensor for name, tensor in names.tensors(self.parts.model).items()}
         return of_model | {f"optimizer/{name}": value for name, value in self.parts.optimizer.state_dict().items()}
+
+    def pieces(self) -> dict[str, list[Piece]]:
+        """What this rank writes of a checkpoint: all ranks together write every row once."""
+        return holding.written(self.parts)
 
     def named_tensors(self) -> dict[str, Tensor]:
         """`tensors` and what else has a name: the sums of the gradients."""
         return self.tensors() | {f"sums/{name}": total for name, total in self.parts.sums.totals().items()}
 
     def restore(self, saved: Reader) -> None:
-        """Put back what `tensors` gave; raises ValueError unless names, shapes and dtypes are the same."""
-        tensors = self.tensors()
-        restore(saved, whole(tensors), tensors.keys())
+        """Read this rank's part of a checkpoint, written by any ranks.
+
+        Raises ValueError unless names, shapes and dtypes are those of this run.
+        """
+        restore(saved, holding.held(self.parts), holding.names_of_all(self.parts))
 
 
 def restore_model(model: Transformer, saved: Reader) -> None:

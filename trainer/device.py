@@ -7,10 +7,10 @@ from trainer.config import TrainConfig
 DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16}
 
 
-def settle(config: TrainConfig) -> torch.device:
+def settle(config: TrainConfig, local_rank: int = 0) -> torch.device:
     """Choose the device, fix the thread count, switch deterministic algorithms on; ValueError if there is no GPU.
 
-    One thread inside each operation: `threads` of them run rows side by side (trainer/pool.py).
+    local_rank: which of a machine's GPUs. One thread inside each operation: `threads` of them run rows side by side (trainer/pool.py).
     CUBLAS_WORKSPACE_CONFIG, which CUDA needs for deterministic products, is set by `launch` before torch starts.
     """
     torch.set_num_threads(1)
@@ -21,4 +21,7 @@ def settle(config: TrainConfig) -> torch.device:
     available = torch.cuda.is_available()
     if config.device == "cuda" and not available:
         raise ValueError("device = cuda: expected an NVIDIA GPU that this torch can use; found none")
-    return torch.device("cuda" if available and config.device != "cpu" else "cpu")
+    if not available or config.device == "cpu":
+        return torch.device("cpu")
+    torch.cuda.set_device(local_rank)
+    return torch.device("cuda", local_rank) if local_rank else torch.device("cuda")

@@ -33,7 +33,13 @@ _ABSENT = "absent"
 
 
 def identity(config: Mapping[str, Any]) -> str:
-    """SHA-256 over the resolved configuration: equal exactly when every key has the same value, in any order."""
+    """SHA-256 over the resolved configuration: equal exactly when every key has the same value, in any order.
+
+    Not the layout, which changes no bit of a run on the exact path: so a run goes on with other ranks and threads.
+    """
+    parallel = config.get("parallel", {})
+    if parallel.get("reduction") == "exact":
+        config = {key: value for key, value in config.items() if key not in ("parallel", "threads")}
     content = json.dumps(config, sort_keys=True, separators=(",", ":"), allow_nan=False)
     return hashlib.sha256(content.encode()).hexdigest()
 
@@ -147,6 +153,29 @@ class RunFolder:
         log = journal.Journal(self.path / "history.jsonl")
         log.append({"time": datetime.now(UTC).isoformat(timespec="seconds"), **row})
         log.close()
+
+
+class Followed(RunFolder):
+    """The run folder as ranks other than the first have it: they read it, and one rank writes for all."""
+
+    def lock(self) -> None:
+        """The first rank has the lock for all."""
+
+    def begin(
+        self, kind: Literal["start", "resume"], step: int, about: Mapping[str, Any], changes: Sequence[str] = ()
+    ) -> None:
+        """Writes nothing."""
+        self.done = step
+
+    def end(self, reason: str, step: int, results: Mapping[str, float] | None = None) -> None:
+        """Writes nothing."""
+
+    def append_metrics(self, row: Mapping[str, Any]) -> None:
+        """Writes nothing."""
+        self.done = row["step"]
+
+    def sync_metrics(self) -> None:
+        """There is nothing to sync."""
 
 
 def create(

@@ -10,7 +10,6 @@ from trainer.build import Built
 from trainer.debug.profile import Profiler
 from trainer.folder import RunFolder
 from trainer.observe import Observer
-from trainer.pieces import whole
 from trainer.progress import Progress
 from trainer.step import train_step
 from trainer.stop import Stop
@@ -20,12 +19,12 @@ from trainer.writer import Writer
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Outlets:
-    """Where a loop's results go. facts: the provenance that every checkpoint carries."""
+    """Where a loop's results go. progress: None where nobody looks. facts: what every checkpoint says of its origin."""
 
     folder: RunFolder
     writer: Writer
     tracker: Tracker
-    progress: Progress
+    progress: Progress | None
     profiler: Profiler
     facts: Mapping[str, Any]
 
@@ -36,13 +35,15 @@ def run_steps(built: Built, outlets: Outlets, observer: Observer, first_step: in
     A step that was interrupted leaves nothing behind, so the checkpoint is of the last whole one.
     """
     begun, done, saved, save_s = time.perf_counter(), first_step, first_step, 0.0
-    last = min(stop_at, len(built.plans))
-    while done < last and not stop():
+    last, world = min(stop_at, len(built.plans)), built.parts.world
+    # Many ranks stop together, between two steps; one process also between two rows.
+    stopped = stop if world.size == 1 else (lambda: False)
+    while done < last and not stop.among(world):
         plan = built.plans[done]
         outlets.profiler.before(done + 1)
         started = time.perf_counter()
         with observer.watching(plan) as passes:
-            result = train_step(built.parts, plan, stop)
+            result = train_step(built.parts, plan, stopped)
         if result is None:
             break
         done += 1
@@ -55,7 +56,7 @@ def run_steps(built: Built, outlets: Outlets, observer: Observer, first_step: in
             row["speed/product_flops_per_s"] = observer.product_rate
         row["time/run_s"] = time.perf_counter() - begun
         if done % built.config.validation.every_steps == 0 or done == len(built.plans):
-            row |= observer.held_out.measure(built.parts.pool, plan.attention)
+            row |= observer.held_out.measure(built.parts.pool, plan.attention, world)
             row["time/validation_s"] = time.perf_counter() - begun - row["time/run_s"]
         _emit(outlets, row)
         save_s = 0.0
@@ -71,11 +72,12 @@ def run_steps(built: Built, outlets: Outlets, observer: Observer, first_step: in
 def save(built: Built, outlets: Outlets, done: int) -> None:
     """Hand the state after `done` steps to the writer; its tensors and a JSON state are all that a resume needs."""
     outlets.folder.sync_metrics()
-    outlets.writer.submit(done, whole(built.tensors()), {"step": done, "facts": dict(outlets.facts)})
+    outlets.writer.submit(done, built.pieces(), {"step": done, "facts": dict(outlets.facts)})
 
 
 def _emit(outlets: Outlets, row: dict[str, Any]) -> None:
     assert all(metrics.is_known(name) for name in row), set(row) - set(metrics.METRICS)
     outlets.folder.append_metrics(row)
     outlets.tracker.log(row["step"], metrics.scalars(row))
-    outlets.progress.step(row)
+    if outlets.progress is not None:
+        outlets.progress.step(row)

@@ -15,7 +15,9 @@ import torch
 from trainer import redact
 
 CHECKOUT = Path(__file__).resolve().parents[1]
-BITS_DEPEND_ON = ("torch", "cpu_capability", "threads", "device", "device_name", "dtype", "deterministic", "kernels")
+BITS_DEPEND_ON = (
+    "torch", "cpu_capability", "threads", "device", "device_name", "dtype", "deterministic", "kernels", "reduction",
+)  # fmt: skip
 """Facts that must be the same for a resumed run to have the bits of the uninterrupted one (measured: engine notes)."""
 PATCH_BYTES = 1 << 20
 _GIT_TIMEOUT_S = 20
@@ -41,10 +43,11 @@ def versions() -> dict[str, str]:
     }
 
 
-def facts(*, device: str, dtype: str, kernels: str = "off") -> dict[str, Any]:
+def facts(*, device: str, dtype: str, kernels: str = "off", reduction: str = "exact") -> dict[str, Any]:
     """Versions and what else decides the bits of a run on `device` ("cpu", "cuda", "cuda:0") computing in `dtype`.
 
-    kernels: what serves in place of plain functions, as `trainer.parallel.apply.describe_kernels` says it.
+    kernels: what serves in place of plain functions, as `trainer.parallel.apply.describe_kernels` says it. reduction:
+    how ranks add their gradients, with the layout where bits depend on it.
     Call it after the thread count and deterministic algorithms are set: it records what torch reports.
     """
     kind = torch.device(device).type
@@ -57,6 +60,7 @@ def facts(*, device: str, dtype: str, kernels: str = "off") -> dict[str, Any]:
         "dtype": dtype,
         "deterministic": torch.are_deterministic_algorithms_enabled(),
         "kernels": kernels,
+        "reduction": reduction,
     }
 
 

@@ -1,33 +1,33 @@
 """A run from beginning to end: find or make its folder, build, resume, train, and say how to go on."""
 
-import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import closing
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from trainer import checkpoint, folder, provenance
-from trainer.build import Built, attention_after, build, read_data
-from trainer.config import TrainConfig
-from trainer.debug import crash
-from trainer.debug.crash import Kept
+import torch
+
+from trainer import checkpoint, ending, folder, provenance
+from trainer.build import Built, build, read_data
+from trainer.config import ProfileConfig, TrackingConfig, TrainConfig
 from trainer.debug.fault import NonFinite
 from trainer.debug.profile import Profiler
 from trainer.device import DTYPES, settle
-from trainer.folder import FINISHED, RunFolder
+from trainer.folder import FINISHED, Followed, RunFolder
 from trainer.loop import Outlets, run_steps
 from trainer.machine import product_rate
 from trainer.manifest import CheckpointError
 from trainer.observe import Observer
 from trainer.parallel.apply import choose_kernels, describe_kernels
 from trainer.parallel.placement import SINGLE, Placement
+from trainer.parallel.world import World, start
 from trainer.progress import Progress
-from trainer.sample import generate
 from trainer.stop import Stop, on_signals
+from trainer.together import read_together
 from trainer.tracking import Tracker
-from trainer.validate import HeldOut, hold_out
+from trainer.validate import hold_out
 from trainer.writer import Writer
 
 EXIT_CODES = {"SIGINT": 130, "SIGTERM": 143}
@@ -49,8 +49,9 @@ class Session:
     place: Placement = SINGLE
 
     def say(self, text: str) -> None:
-        """A line for people."""
-        print(text, file=sys.stderr if self.json else sys.stdout, flush=True)
+        """A line for people, from the first process."""
+        if self.place.rank == 0:
+            print(text, file=sys.stderr if self.json else sys.stdout, flush=True)
 
 
 def train(
@@ -69,27 +70,50 @@ def train(
     Raises ValueError for what the user can mend.
     """
     session = Session(stop_at=stop_at, allow_changes=allow_changes, json=json, place=place)
+    device = settle(config, place.local_rank)
+    with closing(start(config.parallel.mesh, place, device)) as world:
+        found = None if new else _find_unfinished(config, session, world)
+        if found is not None:
+            return _resume(config, found, session, world, device)
+        kernels = describe_kernels(choose_kernels(config, device))
+        data = read_together(world, lambda: read_data(config, session.say))
+        # Before the folder: what is wrong with the optimizer's groups shows here, and then nothing has been created.
+        built = build(config, data, device, world)
+        facts = _facts(config, device, kernels, data.fingerprint)
+        made = _make_folder(config, overrides, facts, world)
+        session.say(f"run {made.path} on {device}, {config.precision.dtype}, {_layout(config)}")
+        session.say(f"kernels: {kernels}")
+        try:
+            session.say(built.table)
+            return _run(built, made, facts, None, session)
+        finally:
+            made.release()
+
+
+def _find_unfinished(config: TrainConfig, session: Session, world: World) -> RunFolder | None:
+    """The unfinished run of this configuration, as the first rank finds it."""
     found = None
-    if not new:
-        identity = folder.identity(asdict(config))
-        found = folder.find_unfinished(Path(config.runs_dir), config.name, identity)
-    if found is not None:
-        session.say(f"continuing {found.path}: the same configuration, not finished (--new starts afresh)")
-        return _resume(config, found, session)
-    device = settle(config)
-    kernels = describe_kernels(choose_kernels(config, device))
-    data = read_data(config, session.say)
-    # Before the folder: what is wrong with the optimizer's groups shows here, and then nothing has been created.
-    built = build(config, data, device)
-    facts = _facts(config, str(device), kernels, data.fingerprint)
+    if world.is_first:
+        found = folder.find_unfinished(Path(config.runs_dir), config.name, folder.identity(asdict(config)))
+    path = world.from_first(None if found is None else found.path)
+    if path is None:
+        return None
+    session.say(f"continuing {path}: the same configuration, not finished (--new starts afresh)")
+    return found or Followed(path)
+
+
+def _make_folder(config: TrainConfig, overrides: Sequence[str], facts: Mapping[str, Any], world: World) -> RunFolder:
+    if not world.is_first:
+        return Followed(world.from_first(None))
     made = folder.create(Path(config.runs_dir), config.name, asdict(config), overrides, facts, provenance.commit())
-    session.say(f"run {made.path} on {device}, {config.precision.dtype}, {config.threads} threads")
-    session.say(f"kernels: {kernels}")
-    try:
-        session.say(built.table)
-        return _run(built, made, facts, None, session)
-    finally:
-        made.release()
+    world.from_first(made.path)
+    return made
+
+
+def _layout(config: TrainConfig) -> str:
+    size = config.parallel.mesh.size
+    threads = f"{config.threads} threads"
+    return threads if size == 1 else f"{size} processes (data {config.parallel.data}, expert {config.parallel.expert})"
 
 
 def resume(
@@ -102,20 +126,23 @@ def resume(
     place: Placement = SINGLE,
 ) -> int:
     """Go on from the newest checkpoint that verifies, or from the beginning where there is none; see `train`."""
-    return _resume(config, run_folder, Session(stop_at=stop_at, allow_changes=allow_changes, json=json, place=place))
+    session = Session(stop_at=stop_at, allow_changes=allow_changes, json=json, place=place)
+    device = settle(config, place.local_rank)
+    with closing(start(config.parallel.mesh, place, device)) as world:
+        mine = run_folder if world.is_first else Followed(run_folder.path)
+        return _resume(config, mine, session, world, device)
 
 
-def _resume(config: TrainConfig, run_folder: RunFolder, session: Session) -> int:
-    device = settle(config)
+def _resume(config: TrainConfig, run_folder: RunFolder, session: Session, world: World, device: torch.device) -> int:
     kernels = describe_kernels(choose_kernels(config, device))
     run_folder.lock()
     try:
         if run_folder.is_finished():
             raise ValueError(f"run = {run_folder.path}: expected an unfinished run, this one is finished")
-        data = read_data(config, session.say)
-        facts = _facts(config, str(device), kernels, data.fingerprint)
+        data = read_together(world, lambda: read_data(config, session.say))
+        facts = _facts(config, device, kernels, data.fingerprint)
         changes = _refuse_changes(run_folder.provenance, facts, session)
-        built = build(config, data, device)
+        built = build(config, data, device, world)
         saved_step, more = _restore(built, run_folder, facts, session)
         changes = list(dict.fromkeys([*changes, *more]))
         for change in changes:
@@ -135,7 +162,7 @@ def _restore(
 
     Its tensors are read one after the other into their places, so that none of them is held besides.
     """
-    saved = checkpoint.recover(run_folder.checkpoints, session.say)
+    saved = checkpoint.recover(run_folder.checkpoints, session.say, built.parts.world.control)
     if saved is None:
         return None, []
     changes = _refuse_changes(saved.state["facts"], facts, session)
@@ -152,37 +179,21 @@ def _run(
     changes: Sequence[str] = (),
 ) -> int:
     """saved_step: of the checkpoint that was restored."""
-    config, parts, first_step = built.config, built.parts, saved_step or 0
-    observer = Observer(
-        built=built,
-        held_out=hold_out(built.data, config.validation.rows),
-        product_rate=product_rate(parts.pool, parts.device, DTYPES[config.precision.dtype]),
-    )
-    progress = Progress(len(built.plans), _total_tokens(built), as_json=session.json)
-    outlets = Outlets(
-        folder=run_folder,
-        writer=Writer(run_folder.checkpoints, config.checkpoint.keep_last, config.checkpoint.keep_every_steps),
-        tracker=Tracker(run_folder.path, config.tracking, asdict(config), run_folder.run_id, progress.say),
-        progress=progress,
-        profiler=Profiler(built, run_folder.path, progress.say),
-        facts=facts,
-    )
+    first_step, stop = saved_step or 0, Stop()
+    observer = _observer(built)
+    outlets = _outlets(built, run_folder, facts, session)
     kind = "start" if saved_step is None else "resume"
     run_folder.begin(kind, first_step, _about(observer, first_step, facts), changes)
-    stop = Stop()
     try:
         with on_signals(stop), closing(outlets.writer), closing(outlets.profiler):
             done = run_steps(built, outlets, observer, first_step, stop, session.stop_at)
     except NonFinite as error:
-        kept = crash.keep(built, run_folder, error.fault, facts)
-        run_folder.end(f"NonFinite: {kept.line}", run_folder.done)
-        _tell(kept, run_folder)
+        ending.keep_fault(built, run_folder, error.fault, facts)
         return 1
     except BaseException as error:
         run_folder.end(f"{type(error).__name__}: {error}", run_folder.done)
         if isinstance(error, TRAINING_FAILURES):
-            print(f"keel: error: {error}", file=sys.stderr)
-            print(f"the last checkpoint is kept; to go on from it: {_command('resume', run_folder)}", file=sys.stderr)
+            ending.tell_failure(error, run_folder)
             return 1
         raise
     finally:
@@ -190,11 +201,37 @@ def _run(
     if done < len(built.plans):
         reason = stop.reason or f"stop at step {session.stop_at}"
         run_folder.end(reason, done)
-        progress.say(f"stopped after step {done} ({reason}), saved. To go on: {_command('resume', run_folder)}")
+        session.say(f"stopped after step {done} ({reason}), saved. To go on: {ending.command('resume', run_folder)}")
         return EXIT_CODES.get(reason, 0)
-    results = _finish(built, run_folder, observer.held_out, progress)
+    results = ending.finish(built, run_folder, observer.held_out, session.say)
     run_folder.end(FINISHED, done, results)
     return 0
+
+
+def _observer(built: Built) -> Observer:
+    config, parts = built.config, built.parts
+    rate = product_rate(parts.pool, parts.device, DTYPES[config.precision.dtype])
+    return Observer(
+        built=built,
+        held_out=hold_out(built.data, config.validation.rows),
+        product_rate=parts.world.totals({"rate": [rate]})["rate"],
+    )
+
+
+def _outlets(built: Built, run_folder: RunFolder, facts: Mapping[str, Any], session: Session) -> Outlets:
+    """Where the results go; on ranks other than the first nowhere, but for their part of the checkpoints."""
+    config, world = built.config, built.parts.world
+    shown = config if world.is_first else replace(config, tracking=TrackingConfig(wandb="off"), profile=ProfileConfig())
+    keep_last, keep_every = config.checkpoint.keep_last, config.checkpoint.keep_every_steps
+    progress = Progress(len(built.plans), _total_tokens(built), as_json=session.json)
+    return Outlets(
+        folder=run_folder,
+        writer=Writer(run_folder.checkpoints, keep_last, keep_every, world.saving),
+        tracker=Tracker(run_folder.path, shown.tracking, asdict(config), run_folder.run_id, progress.say),
+        progress=progress if world.is_first else None,
+        profiler=Profiler(replace(built, config=shown), run_folder.path, progress.say),
+        facts=facts,
+    )
 
 
 def _about(observer: Observer, step: int, facts: Mapping[str, Any]) -> dict[str, Any]:
@@ -205,39 +242,6 @@ def _about(observer: Observer, step: int, facts: Mapping[str, Any]) -> dict[str,
         "product_flops_per_s": observer.product_rate,
         "facts": {**facts, "commit": commit.commit, "dirty": commit.dirty},
     }
-
-
-def _tell(kept: Kept, run_folder: RunFolder) -> None:
-    print(f"keel: error: {kept.line}", file=sys.stderr)
-    if kept.path is None:
-        print(f"the crash folder could not be written: {kept.trouble}", file=sys.stderr)
-    else:
-        size = f"{crash.size_bytes(kept.path) / 1e6:.1f} MB"
-        command = f"./keel train --replay {shlex.quote(str(kept.path))}"
-        print(f"crash folder: {kept.path} ({size}); to compute that row again: {command}", file=sys.stderr)
-    print(f"the last checkpoint is kept; to go on from it: {_command('resume', run_folder)}", file=sys.stderr)
-
-
-def _finish(built: Built, run_folder: RunFolder, held_out: HeldOut, progress: Progress) -> dict[str, float]:
-    """Says what became of the run and how to look at it; returns what is measured only now."""
-    results = {}
-    config, say = built.config, progress.say
-    mode = attention_after(config.schedule, len(built.plans))
-    final = held_out.measure(built.parts.pool, mode)
-    say(f"held-out loss {final['validation/loss']:.4f} nats, {final['validation/bits_per_byte']:.4f} bits per byte")
-    if config.validation.bigram:
-        bar = held_out.bigram(built.data)
-        say(f"a bigram model of all {bar.tokens} training tokens: {bar.loss:.4f} nats on the same targets")
-        results = {"bigram/loss": bar.loss, "bigram/tokens": bar.tokens}
-    prompts = [config.sample.prompt]
-    pieces = generate(built.parts.model, built.data.tokenizer, prompts, config.sample, mode, config.seed)
-    text = "".join(piece.text for piece in pieces)
-    (run_folder.path / "samples" / f"step-{len(built.plans):06}.txt").write_text(text)
-    say("\n".join(["sample:", *("    " + line for line in text.splitlines())]))
-    say(f"its report:      {_command('report', run_folder)}")
-    say(f"another sample:  {_command('sample', run_folder)}")
-    say(f"its curves:      wandb leet {shlex.quote(str(run_folder.path / 'wandb'))}")
-    return results
 
 
 def _refuse_changes(saved: Mapping[str, Any], now: Mapping[str, Any], session: Session) -> list[str]:
@@ -252,15 +256,13 @@ def _refuse_changes(saved: Mapping[str, Any], now: Mapping[str, Any], session: S
     return differences
 
 
-def _facts(config: TrainConfig, device: str, kernels: str, data_fingerprint: str) -> dict[str, Any]:
-    facts = provenance.facts(device=device, dtype=config.precision.dtype, kernels=kernels)
+def _facts(config: TrainConfig, device: torch.device, kernels: str, data_fingerprint: str) -> dict[str, Any]:
+    parallel = config.parallel
+    reduction = "exact" if parallel.reduction == "exact" else f"fast: {asdict(parallel)}"
+    facts = provenance.facts(device=str(device), dtype=config.precision.dtype, kernels=kernels, reduction=reduction)
     return facts | {"data_fingerprint": data_fingerprint}
 
 
 def _total_tokens(built: Built) -> int:
     last = built.plans[len(built.plans) - 1]
     return last.tokens + last.rows * last.row_length
-
-
-def _command(verb: str, run_folder: RunFolder) -> str:
-    return f"./keel {verb} {shlex.quote(str(run_folder.path))}"

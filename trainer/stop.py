@@ -5,6 +5,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+from trainer.parallel.world import World
+
 
 class Stop:
     """`reason` is None until something asks the run to stop: then "SIGINT", "SIGTERM" or a step that was reached."""
@@ -14,6 +16,12 @@ class Stop:
 
     def __call__(self) -> bool:
         return self.reason is not None
+
+    def among(self, world: World) -> bool:
+        """True on all ranks once one of them was asked to stop; its reason is then everybody's."""
+        if world.agree(self()):
+            self.reason = next(reason for reason in world.gather(self.reason) if reason is not None)
+        return self()
 
 
 @contextmanager

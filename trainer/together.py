@@ -1,7 +1,8 @@
 """What the ranks of a step bring together: their rows, counts and losses; on one process just these."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, replace
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -13,6 +14,8 @@ from trainer.parallel.world import World
 from trainer.row import RowSums
 from trainer.schedule import StepPlan
 
+T = TypeVar("T")
+
 
 def read_rows(stream: Stream, plan: StepPlan, mine: Sequence[int | None]) -> Batch:
     """The rows of a step that this rank computes, in order; B may be 0. mine: `mesh.rows_of`."""
@@ -22,6 +25,16 @@ def read_rows(stream: Stream, plan: StepPlan, mine: Sequence[int | None]) -> Bat
     ones = [stream.rows(plan.segment, plan.first_row + index, 1) for index in numbers]
     ones = ones or [stream.rows(plan.segment, plan.first_row, 0)]
     return Batch(**{field.name: torch.cat([getattr(one, field.name) for one in ones]) for field in fields(Batch)})
+
+
+def read_together(world: World, read: Callable[[], T]) -> T:
+    """What `read` returns on each rank: the first rank reads first, and leaves in caches what the others then find."""
+    if world.is_first:
+        found = read()
+        world.gather(None)
+        return found
+    world.gather(None)
+    return read()
 
 
 def count(world: World, counts: TermCounts) -> TermCounts:

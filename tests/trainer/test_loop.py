@@ -11,6 +11,7 @@ import pytest
 from trainer import loop
 from trainer.config import CheckpointConfig, ValidationConfig
 from trainer.loop import Outlets, run_steps
+from trainer.parallel.world import ALONE
 from trainer.stop import Stop
 
 STEPS = 10
@@ -49,7 +50,7 @@ class Diary:
     def step(self, row: dict[str, Any]) -> None:
         self.notes.append(("shown", row["step"]))
 
-    def measure(self, pool: object, mode: str) -> dict[str, float]:
+    def measure(self, pool: object, mode: str, world: object) -> dict[str, float]:
         self.notes.append(("measure", mode))
         time.sleep(VALIDATION_S)
         return {"validation/loss": 1.0}
@@ -76,9 +77,9 @@ def run(
     monkeypatch.setattr(loop, "train_step", take)
     built = SimpleNamespace(
         plans=[SimpleNamespace(step=step, attention="dense") for step in range(STEPS)],
-        parts=SimpleNamespace(pool=None),
+        parts=SimpleNamespace(pool=None, world=ALONE),
         config=SimpleNamespace(validation=ValidationConfig(every_steps=4), checkpoint=CheckpointConfig(every_steps=3)),
-        tensors=dict,
+        pieces=dict,
     )
     outlets = Outlets(folder=diary, writer=diary, tracker=diary, progress=diary, profiler=diary, facts={"torch": "x"})
     observer = SimpleNamespace(

@@ -51,6 +51,8 @@ class Ownership:
         )
         self.spans = tuple(span for share in self.shares if share.is_mine for span in share.spans)
         self._members = [*dense, *here]
+        self.kinds = {member.parameter: member.kind for member in members}
+        """By parameter, whole or not here at all."""
 
     def rows(self, span: Span, tensor: Tensor) -> Tensor:
         """A span's rows of what this rank holds of its parameter, or of a tensor shaped like that."""

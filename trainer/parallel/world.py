@@ -30,6 +30,11 @@ class Group:
     handle: Any = None
 
     @property
+    def rank(self) -> int:
+        """This one's number in the group, under the name that a crew of checkpoints has for it."""
+        return self.index
+
+    @property
     def size(self) -> int:
         return len(self.ranks)
 
