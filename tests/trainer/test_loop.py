@@ -147,7 +147,7 @@ def test_what_comes_around_a_step_is_told_in_its_row(monkeypatch: pytest.MonkeyP
 def test_lists_go_to_the_file_and_not_to_the_tracker(monkeypatch: pytest.MonkeyPatch) -> None:
     logged: list[dict[str, Any]] = []
     monkeypatch.setattr(Diary, "log", lambda self, step, row: logged.append(row))
-    monkeypatch.setattr(Diary, "measure", lambda self, pool, mode: {"indexer/recall_L": [None, 0.5]})
+    monkeypatch.setattr(Diary, "measure", lambda self, pool, mode, world: {"indexer/recall_L": [None, 0.5]})
     rows = run(monkeypatch)[0].rows
     assert rows[3]["indexer/recall_L"] == [None, 0.5]
     assert len(logged) == STEPS
@@ -155,6 +155,6 @@ def test_lists_go_to_the_file_and_not_to_the_tracker(monkeypatch: pytest.MonkeyP
 
 
 def test_a_name_that_is_not_in_the_table_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Diary, "measure", lambda self, pool, mode: {"loss/lmm": 1.0})
+    monkeypatch.setattr(Diary, "measure", lambda self, pool, mode, world: {"loss/lmm": 1.0})
     with pytest.raises(AssertionError, match="loss/lmm"):
         run(monkeypatch)
