@@ -1,5 +1,6 @@
 """From configuration to the parts of a step: model, optimizer, sums, in the order that matters."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -21,8 +22,8 @@ from trainer.device import DTYPES
 from trainer.members import members
 from trainer.parallel.apply import apply_kernels, choose_kernels
 from trainer.parallel.expert import apply_experts
-from trainer.parallel.owners import Ownership
-from trainer.parallel.reduce import ExactSum
+from trainer.parallel.fast import Dtypes, EarlyHandout, FastSum
+from trainer.parallel.owners import ExactReduction, Handout, Ownership
 from trainer.parallel.world import ALONE, World
 from trainer.pieces import Piece, whole
 from trainer.pool import RowPool
@@ -101,7 +102,6 @@ def build(config: TrainConfig, data: Data, device: torch.device, world: World = 
     shared = {name: tensor for name, tensor in model.named_parameters() if names.alias_of(name) is None}
     every, shapes = members(logical_tensors(config.model)), parameter_shapes(config.model)
     ownership = Ownership(every, shapes, model.held, world)
-    dtype = torch.float64 if config.precision.dtype == "fp64" else torch.float32
     pool = RowPool(model, config.threads if device.type == "cpu" else 1)
     for view in pool.views:
         apply_kernels(view, choose_kernels(config, device))
@@ -110,6 +110,9 @@ def build(config: TrainConfig, data: Data, device: torch.device, world: World = 
 
         for view in pool.views:
             apply_recompute(view, config.recompute)
+    sums = _sums(config, {name: tensor.shape for name, tensor in shared.items()}, ownership, device)
+    if isinstance(sums, FastSum):
+        sums.watch(model)
     parts = Parts(
         pool=pool,
         optimizer=Optimizer(
@@ -121,7 +124,8 @@ def build(config: TrainConfig, data: Data, device: torch.device, world: World = 
             totals=world.totals,
             counted=ownership.counted(),
         ),
-        sums=ExactSum({name: tensor.shape for name, tensor in shared.items()}, dtype=dtype, device=device),
+        sums=sums,
+        handout=Handout(ownership) if exact else EarlyHandout(ownership, model),
         stream=data.train,
         loss=config.loss,
         groups={member.parameter: member.group for member in every},
@@ -131,6 +135,19 @@ def build(config: TrainConfig, data: Data, device: torch.device, world: World = 
     )
     table = groups.table(every, shapes, config.optim)
     return Built(config=config, data=data, parts=parts, plans=schedule.plan(config.schedule), table=table)
+
+
+def _sums(
+    config: TrainConfig, shapes: Mapping[str, torch.Size], ownership: Ownership, device: torch.device
+) -> ExactReduction | FastSum:
+    """What adds the gradients, as `config.parallel.reduction` says."""
+    fp64 = config.precision.dtype == "fp64"
+    plain = torch.float64 if fp64 else torch.float32
+    if config.parallel.reduction == "exact":
+        return ExactReduction(shapes, ownership, dtype=plain, device=device)
+    dense = torch.bfloat16 if config.parallel.dense_reduction == "bf16" and not fp64 else plain
+    dtypes = Dtypes(sums=plain, dense=dense, experts=plain if fp64 else torch.bfloat16)
+    return FastSum(shapes, ownership, dtypes=dtypes, seed=config.seed, device=device)
 
 
 def build_model(config: TrainConfig, device: torch.device, world: World = ALONE) -> Transformer:

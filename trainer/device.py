@@ -10,7 +10,8 @@ DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16}
 def settle(config: TrainConfig, local_rank: int = 0) -> torch.device:
     """Choose the device, fix the thread count, switch deterministic algorithms on; ValueError if there is no GPU.
 
-    local_rank: which of a machine's GPUs. One thread inside each operation: `threads` of them run rows side by side (trainer/pool.py).
+    local_rank: which of a machine's GPUs.
+    One thread inside each operation: `threads` of them run rows side by side (trainer/pool.py).
     CUBLAS_WORKSPACE_CONFIG, which CUDA needs for deterministic products, is set by `launch` before torch starts.
     """
     torch.set_num_threads(1)

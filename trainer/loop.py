@@ -56,6 +56,7 @@ def run_steps(built: Built, outlets: Outlets, observer: Observer, first_step: in
             row["speed/product_flops_per_s"] = observer.product_rate
         row["time/run_s"] = time.perf_counter() - begun
         if done % built.config.validation.every_steps == 0 or done == len(built.plans):
+            built.parts.handout.settle()
             row |= observer.held_out.measure(built.parts.pool, plan.attention, world)
             row["time/validation_s"] = time.perf_counter() - begun - row["time/run_s"]
         _emit(outlets, row)
@@ -71,6 +72,7 @@ def run_steps(built: Built, outlets: Outlets, observer: Observer, first_step: in
 
 def save(built: Built, outlets: Outlets, done: int) -> None:
     """Hand the state after `done` steps to the writer; its tensors and a JSON state are all that a resume needs."""
+    built.parts.handout.settle()
     outlets.folder.sync_metrics()
     outlets.writer.submit(done, built.pieces(), {"step": done, "facts": dict(outlets.facts)})
 

@@ -23,9 +23,9 @@ from trainer.config import LossConfig
 from trainer.debug.fault import Fault, NonFinite, require_finite
 from trainer.laps import Laps
 from trainer.parallel.expert import leaves, stand_by
+from trainer.parallel.fast import FastSum
 from trainer.parallel.mesh import rows_of
-from trainer.parallel.owners import Ownership
-from trainer.parallel.reduce import ExactSum
+from trainer.parallel.owners import ExactReduction, Handout, Ownership
 from trainer.parallel.world import World
 from trainer.pool import RowPool
 from trainer.row import RowSums, TermCounts, Weights
@@ -36,12 +36,13 @@ from trainer.schedule import StepPlan
 class Parts:
     """What a step works on. pool: the model, as often as rows run at the same time. groups: by parameter name.
 
-    world: the ranks that take the step together. ownership: whose the optimizer's tensors are.
+    world: the ranks that take the step together. ownership: whose the optimizer's tensors are. handout: of weights.
     """
 
     pool: RowPool
     optimizer: Optimizer
-    sums: ExactSum
+    sums: ExactReduction | FastSum
+    handout: Handout
     stream: Stream
     loss: LossConfig
     groups: dict[str, str]
@@ -106,13 +107,15 @@ def train_step(parts: Parts, plan: StepPlan, stopped: Callable[[], bool]) -> Ste
     )
     for view in parts.pool.views:
         train_only(view, parts.groups, frozen)
-    parts.sums.reset()
+    active = {name for name, group in parts.groups.items() if group not in frozen}
+    parts.sums.begin(plan.step, active)
 
     row_laps: list[Laps] = []
 
     def leaf(model: Transformer, turn: int) -> RowSums | Complaint | None:
         if stopped():
             return None
+        parts.sums.begin_row(last=turn == turns[-1])
         laps, index = Laps(parts.device), mine[turn]
         if index is None:
             stand_by(model, backward=plan.attention != "indexer_warmup")
@@ -138,11 +141,11 @@ def train_step(parts: Parts, plan: StepPlan, stopped: Callable[[], bool]) -> Ste
         return None
     rows, load_LE = together.gather_rows(parts.world, done)
     whole_step.mark()
-    gradients = parts.ownership.reduce(parts.sums)
+    gradients = parts.sums.finish()
     whole_step.mark()
     update = parts.optimizer.step(gradients, rate=plan.rate, frozen_groups=frozen)
     whole_step.mark()
-    parts.ownership.publish(_weights(parts), {name for name, group in parts.groups.items() if group not in frozen})
+    parts.handout.begin(_weights(parts), active)
     if plan.attention != "indexer_warmup":
         update_biases(parts.model, load_LE, parts.loss.bias_update_speed)
     whole_step.mark()

@@ -81,6 +81,7 @@ def take(case: Case, mesh: Mesh, world: World) -> Steps:
         assert result is not None
         told = metrics.losses(result.rows, result.counts) | metrics.routing(result.rows, result.counts, result.load_LE)
         figures.append(told | {"optim/grad_norm": result.update.norm} | result.update.update_rms)
+    built.parts.handout.settle()
     return Steps(figures=figures, tensors=parts_of(built))
 
 

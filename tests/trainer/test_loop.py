@@ -77,7 +77,7 @@ def run(
     monkeypatch.setattr(loop, "train_step", take)
     built = SimpleNamespace(
         plans=[SimpleNamespace(step=step, attention="dense") for step in range(STEPS)],
-        parts=SimpleNamespace(pool=None, world=ALONE),
+        parts=SimpleNamespace(pool=None, world=ALONE, handout=SimpleNamespace(settle=lambda: None)),
         config=SimpleNamespace(validation=ValidationConfig(every_steps=4), checkpoint=CheckpointConfig(every_steps=3)),
         pieces=dict,
     )

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from optim import zero
 from optim.groups import Member, Span
+from trainer.parallel.reduce import ExactSum
 from trainer.parallel.world import Group, World
 
 EXPERTS = "experts"
@@ -22,11 +23,12 @@ EXPERTS = "experts"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Share:
-    """One owner's spans of a group of ranks."""
+    """One owner's spans of a group of ranks. dense: not of experts."""
 
     group: Group
     owner: int
     spans: tuple[Span, ...]
+    dense: bool
 
     @property
     def is_mine(self) -> bool:
@@ -46,13 +48,20 @@ class Ownership:
         dense = [member for member in members if member.group != EXPERTS]
         self._stacked = {member.parameter for member in experts}
         self.shares = (
-            *_shares(dense, zero.assign_dense(dense, shapes, world.owners.size), world.owners),
-            *_shares(here, zero.assign_experts(here, world.replicas.size), world.replicas),
+            *_shares(dense, zero.assign_dense(dense, shapes, world.owners.size), world.owners, dense=True),
+            *_shares(here, zero.assign_experts(here, world.replicas.size), world.replicas, dense=False),
         )
         self.spans = tuple(span for share in self.shares if share.is_mine for span in share.spans)
-        self._members = [*dense, *here]
+        self._members: dict[str, list[Member]] = {}
+        for member in (*dense, *here):
+            self._members.setdefault(member.parameter, []).append(member)
         self.kinds = {member.parameter: member.kind for member in members}
         """By parameter, whole or not here at all."""
+
+    @property
+    def rank(self) -> int:
+        """This rank's number among all."""
+        return self._world.rank
 
     def rows(self, span: Span, tensor: Tensor) -> Tensor:
         """A span's rows of what this rank holds of its parameter, or of a tensor shaped like that."""
@@ -62,6 +71,10 @@ class Ownership:
     def whole_shape(self, parameter: str) -> tuple[int, ...]:
         """The shape of a parameter on one process."""
         return tuple(self._shapes[parameter])
+
+    def is_expert(self, parameter: str) -> bool:
+        """True for the stacked weights of experts."""
+        return parameter in self._stacked
 
     def first_row(self, parameter: str) -> int:
         """The row of the whole parameter at which the part that is held begins."""
@@ -83,13 +96,13 @@ class Ownership:
 
     def _mine(self, wanted: Callable[[Member], bool]) -> Iterator[Member]:
         for span in self.spans:
-            for member in self._members:
-                if member.parameter == span.parameter and span.start <= member.start < span.stop and wanted(member):
+            for member in self._members[span.parameter]:
+                if span.start <= member.start < span.stop and wanted(member):
                     start, stop = member.start - span.start, member.stop - span.start
                     yield replace(member, parameter=self.key(span), start=start, stop=stop)
 
-    def reduce(self, sums: Any) -> dict[str, Tensor]:
-        """Bring the ranks' sums together; returns the gradients of the own spans by key. sums: see `reduce.py`."""
+    def reduce(self, sums: ExactSum) -> dict[str, Tensor]:
+        """Bring the ranks' sums together; returns the gradients of the own spans by key. sums: exact ones."""
         world = self._world
         first = world.data.ranks[0]
         replicas = [rank - first for rank in world.replicas.ranks]
@@ -106,7 +119,14 @@ class Ownership:
             self._between_owners(sums)
         return {self.key(span): sums.read(span.parameter, self._local(span)) for span in self.spans}
 
-    def _between_owners(self, sums: Any) -> None:
+    def sum_between_owners(self, x_P: Tensor) -> Tensor:
+        """Of sums over an owner group's rows, those over all: added in the order of the ranks that own the same."""
+        first_P, *others = self._world.same_owners.gather_rows(x_P)
+        for other_P in others:
+            first_P = first_P + other_P
+        return first_P
+
+    def _between_owners(self, sums: ExactSum) -> None:
         """Ranks that own the same dense spans have sums of different rows: all of them get the whole."""
         group = self._world.same_owners
         dense = [span for span in self.spans if span.parameter not in self._stacked]
@@ -118,22 +138,58 @@ class Ownership:
         first = self.first_row(span.parameter)
         return slice(span.start - first, span.stop - first)
 
-    def publish(self, parameters: Mapping[str, Tensor], changed: Collection[str]) -> None:
-        """Hand the owners' new weights of the parameters `changed` to all ranks that hold them, as bytes."""
-        waiting = []
+    def publish(self, parameters: Mapping[str, Tensor], changed: Collection[str]) -> Iterator[tuple[str, Any]]:
+        """Hand the owners' new weights of the parameters `changed` to all ranks that hold them, as bytes.
+
+        Yields each parameter and what to wait for.
+        """
         for share in self.shares:
             for span in share.spans:
                 if share.group.size > 1 and span.parameter in changed:
                     rows = self.rows(span, parameters[span.parameter]).view(torch.uint8)
                     source = share.group.ranks[share.owner]
-                    waiting.append(dist.broadcast(rows, source, group=share.group.handle, async_op=True))
-        _wait(waiting)
+                    yield span.parameter, dist.broadcast(rows, source, group=share.group.handle, async_op=True)
 
 
-def _shares(members: Sequence[Member], owners: Sequence[int], group: Group) -> Iterator[Share]:
+class ExactReduction(ExactSum):
+    """Exact sums of a rank's leaves, and their way to the owners: the same bits on any layout."""
+
+    def __init__(
+        self, shapes: Mapping[str, torch.Size], ownership: Ownership, *, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        super().__init__(shapes, dtype, device)
+        self._ownership = ownership
+
+    def begin(self, step: int, active: Collection[str]) -> None:
+        """Start the sums of a step; exact sums need to know neither its number nor what it trains."""
+        self.reset()
+
+    def begin_row(self, *, last: bool) -> None:
+        """Exact sums leave when all rows are done."""
+
+    def finish(self) -> dict[str, Tensor]:
+        """The gradients of the own spans by key, of all ranks' rows; every rank calls it after its last row."""
+        return self._ownership.reduce(self)
+
+
+class Handout:
+    """New weights from their owners to everybody."""
+
+    def __init__(self, ownership: Ownership) -> None:
+        self._ownership = ownership
+
+    def begin(self, parameters: Mapping[str, Tensor], changed: Collection[str]) -> None:
+        """Send and receive the new weights of `changed`."""
+        _wait([work for _, work in self._ownership.publish(parameters, changed)])
+
+    def settle(self) -> None:
+        """Return when all weights are there."""
+
+
+def _shares(members: Sequence[Member], owners: Sequence[int], group: Group, *, dense: bool) -> Iterator[Share]:
     for owner in range(group.size):
         mine = [member for member, of in zip(members, owners, strict=True) if of == owner]
-        yield Share(group=group, owner=owner, spans=tuple(zero.spans(mine)))
+        yield Share(group=group, owner=owner, spans=tuple(zero.spans(mine)), dense=dense)
 
 
 def _wait(works: Sequence[Any]) -> None:
