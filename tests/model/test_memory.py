@@ -5,6 +5,7 @@ graph, the contexts of hand-written functions and the closures of recomputation 
 """
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,10 +30,11 @@ CHUNK = 32
 
 
 class Storages(TorchDispatchMode):
-    """Follows the storage of every tensor that an operation makes while active."""
+    """Follows the storage of every tensor that an operation makes while active; not those of the tensors `apart`."""
 
-    def __init__(self) -> None:
+    def __init__(self, apart: Iterable[Tensor] = ()) -> None:
         super().__init__()
+        self.apart = {tensor.untyped_storage()._cdata for tensor in apart}
         self.made: dict[int, tuple[StorageWeakRef, int]] = {}
         self.largest_bytes = 0
 
@@ -47,7 +49,8 @@ class Storages(TorchDispatchMode):
         return result
 
     def alive_bytes(self) -> int:
-        return sum(size for reference, size in self.made.values() if not reference.expired())
+        made = [one for key, one in self.made.items() if key not in self.apart]
+        return sum(size for reference, size in made if not reference.expired())
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
