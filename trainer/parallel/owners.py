@@ -85,6 +85,13 @@ class Ownership:
         whole = span.stop - span.start == self._shapes[span.parameter][0]
         return span.parameter if whole else f"{span.parameter}[{span.start}:{span.stop}]"
 
+    def held(self) -> Iterator[tuple[Member, Callable[[Tensor], Tensor]]]:
+        """All members of which this rank has the weights, and where in what it holds of their parameter."""
+        for of_parameter in self._members.values():
+            for member in of_parameter:
+                first = self.first_row(member.parameter)
+                yield member, replace(member, start=member.start - first, stop=member.stop - first).view
+
     def members(self) -> list[Member]:
         """The members of the own spans, as the optimizer knows them."""
         return list(self._mine(lambda member: True))
