@@ -137,6 +137,21 @@ def test_reset_starts_anew_and_bf16_leaves_are_promoted() -> None:
     assert torch.equal(total.result()["b"], torch.full((7,), 0.5))
 
 
+def test_sums_that_ranks_bring_together_are_right_after_a_step_of_zeros() -> None:
+    """Nobody's sum is touched then, so nobody's is added: what is known of each must still be true in the next step."""
+    ranks = [ExactSum(SHAPES, torch.float32, torch.device("cpu")) for _ in range(2)]
+    for value in (0.0, 0.25):
+        for rank in ranks:
+            rank.reset()
+            rank.add("b", torch.full((7,), value))
+        bounds_RP2 = torch.stack([rank.bounds() for rank in ranks])
+        for rank in ranks:
+            rank.merge(bounds_RP2, {})
+        if ranks[0].is_touched("b"):
+            ranks[0].totals()["b"].add_(ranks[1].totals()["b"])
+    assert torch.equal(ranks[0].result()["b"], torch.full((7,), 0.5))
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_a_leaf_that_is_not_finite_is_refused(bad: float) -> None:
     total = ExactSum(SHAPES, torch.float32, torch.device("cpu"))

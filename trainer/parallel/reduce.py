@@ -68,6 +68,10 @@ class ExactSum:
             raise FloatingPointError(
                 f"gradient {name}: expected elements below {LIMIT:g} (exact sums), found {largest:g}"
             )
+        if not largest:
+            # Nothing is added, and `reset` need not take it back: else ranks that share a sum of zeros only would not
+            # know which of them holds CENTRE_BITS how often.
+            return
         with self._lock:
             self._add(name, leaf.reshape(-1), largest)
 
