@@ -1,4 +1,4 @@
-"""`keel check parity`: the user's own configuration, scaled down, on one process and on a layout, compared term by term."""
+"""`keel check parity`: the user's own configuration, scaled down, on one process and on a layout, term by term."""
 
 import json
 import os
@@ -28,33 +28,26 @@ def main(argv: list[str]) -> int:
     what, *overrides = given.words or ("",)
     if what not in WHAT:
         raise ValueError(f"check = {what}: expected {' or '.join(WHAT)}")
-    from dataclasses import replace
-
     from launch.compose import compose
     from launch.placement import from_environment
-    from trainer.parallel.placement import SINGLE
     from trainer.parity.layout import scaled_layout
 
     config = compose(overrides).config
+    if config.parallel.mesh.size == 1:
+        raise ValueError("parallel = one process: expected a layout of several, e.g. parallel=cpu4")
     place = from_environment(os.environ, config.parallel) if os.environ.get("RANK") else None
     if place is None:
         layout = scaled_layout(config.parallel)
         sizes = {"data": layout.data, "expert": layout.expert, "owners_limit": layout.owners_limit}
         words = [*overrides, *(f"parallel.{key}={size}" for key, size in sizes.items())]
-        if layout.mesh.size > 1:
-            flags = ["--json"] if given.flags["--json"] else []
-            return local.start(["check", what, *flags, *words], layout.mesh.size)
-        config = replace(config, parallel=layout)
+        flags = ["--json"] if given.flags["--json"] else []
+        return local.start(["check", what, *flags, *words], layout.mesh.size)
     device.prepare(config.device)
     from trainer.parity import check, scale
 
     small = scale.scaled(config)
-    parity = check.check(small, place or SINGLE)
-    if (place or SINGLE).rank == 0:
-        text = (
-            json.dumps(check.as_json(parity), indent=1)
-            if given.flags["--json"]
-            else "\n".join(check.lines(small, parity))
-        )
-        print(text)
+    parity = check.check(small, place)
+    if place.rank == 0:
+        as_json = given.flags["--json"]
+        print(json.dumps(check.as_json(parity), indent=1) if as_json else "\n".join(check.lines(small, parity)))
     return 0 if parity.kept else 1

@@ -1,6 +1,7 @@
 """A configuration scaled down until a laptop runs it in seconds, with every feature that it has still on."""
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -8,7 +9,7 @@ from torch import Tensor
 
 from data.batch import Batch
 from data.config import TokenizerConfig
-from model.config import CSA_RATIO, ModelConfig
+from model.config import CSA_RATIO, AttentionMode, ModelConfig
 from trainer.config import ProfileConfig, SampleConfig, TrainConfig
 from trainer.schedule_config import (
     AttentionStage,
@@ -40,7 +41,7 @@ SIZES = {
 
 
 def scaled(config: TrainConfig) -> TrainConfig:
-    """The same recipe with a small model and a schedule of STEPS steps; layout, precision, recomputation as they are."""
+    """The same recipe with a small model and a schedule of STEPS steps; layout and precision as they are."""
     model = scaled_model(config.model, config.parallel.expert)
     return replace(
         config,
@@ -59,7 +60,7 @@ def scaled_model(model: ModelConfig, expert_ranks: int) -> ModelConfig:
     learned = model.num_hash_layers < model.num_hidden_layers
     ratios += ratios[-1:] * (hashed + learned - len(ratios))
     chosen = min(model.num_experts_per_tok, 2)
-    sizes = {key: min(getattr(model, key), size) for key, size in SIZES.items()}
+    sizes: dict[str, Any] = {key: min(getattr(model, key), size) for key, size in SIZES.items()}
     # Channels of heads are cut in groups and halves: all of them together, or none fits.
     sizes |= {key: SIZES[key] for key in ("num_attention_heads", "head_dim", "qk_rope_head_dim", "o_groups")}
     sizes |= {key: SIZES[key] for key in ("index_head_dim", "moe_intermediate_size", "hidden_size", "vocab_size")}
@@ -81,7 +82,7 @@ def _schedule(given: ScheduleConfig, ranks: int, *, indexed: bool) -> ScheduleCo
     """
     rows = 2 * ranks + 1
     total = STEPS * rows * ROW_LENGTH
-    stages = ["dense", "indexer_warmup", "sparse"] if indexed else ["dense"]
+    stages: list[AttentionMode] = ["dense", "indexer_warmup", "sparse"] if indexed else ["dense"]
     return ScheduleConfig(
         total_tokens=total,
         rate=RateConfig(
@@ -90,8 +91,7 @@ def _schedule(given: ScheduleConfig, ranks: int, *, indexed: bool) -> ScheduleCo
         batch=BatchConfig(tokens=rows * ROW_LENGTH, start_tokens=rows * ROW_LENGTH),
         row_length=(RowLengthStage(from_tokens=0, value=ROW_LENGTH),),
         attention=tuple(
-            AttentionStage(from_tokens=number * total // len(stages), value=stage)
-            for number, stage in enumerate(stages)
+            AttentionStage(from_tokens=at * total // len(stages), value=stage) for at, stage in enumerate(stages)
         ),
         mtp_weight=(MtpWeightStage(from_tokens=0, value=given.mtp_weight[0].value),),
         indexer_warmup_rate=given.indexer_warmup_rate,

@@ -1,4 +1,4 @@
-"""The steps of a comparison on the ranks of one layout, and what they leave: every figure, and a hash of every tensor."""
+"""The steps of a comparison on the ranks of one layout, and what they leave: figures, and a hash of every tensor."""
 
 import hashlib
 from collections.abc import Iterator
