@@ -9,6 +9,7 @@ from trainer import metrics
 from trainer.build import Built
 from trainer.debug.profile import Profiler
 from trainer.folder import RunFolder
+from trainer.guard import Guard
 from trainer.observe import Observer
 from trainer.progress import Progress
 from trainer.step import train_step
@@ -38,19 +39,23 @@ def run_steps(built: Built, outlets: Outlets, observer: Observer, first_step: in
     last, world = min(stop_at, len(built.plans)), built.parts.world
     # Many ranks stop together, between two steps; one process also between two rows.
     stopped = stop if world.size == 1 else (lambda: False)
+    guard = Guard(built.parts, built.config.parallel.check_every_steps)
+    guard.begin(first_step)
     while done < last and not stop.among(world):
         plan = built.plans[done]
         outlets.profiler.before(done + 1)
         started = time.perf_counter()
         with observer.watching(plan) as passes:
-            result = train_step(built.parts, plan, stopped)
+            result = train_step(built.parts, plan, stopped, guard.before_update)
         if result is None:
             break
         done += 1
+        saves = done % built.config.checkpoint.every_steps == 0
+        guard.after_step(done, saves=saves or done == last)
         seconds = time.perf_counter() - started
         outlets.profiler.after(done)
         observed = time.perf_counter()
-        row = observer.row(plan, result, passes, seconds) | {"time/save_s": save_s}
+        row = observer.row(plan, result, passes, seconds) | {"time/check_s": guard.seconds(), "time/save_s": save_s}
         row["time/observe_s"] = time.perf_counter() - observed
         if done == first_step + 1:
             row["speed/product_flops_per_s"] = observer.product_rate
@@ -61,18 +66,19 @@ def run_steps(built: Built, outlets: Outlets, observer: Observer, first_step: in
             row["time/validation_s"] = time.perf_counter() - begun - row["time/run_s"]
         _emit(outlets, row)
         save_s = 0.0
-        if done % built.config.checkpoint.every_steps == 0:
+        if saves:
             started = time.perf_counter()
-            save(built, outlets, done)
+            save(built, outlets, guard, done)
             saved, save_s = done, time.perf_counter() - started
     if done > saved:
-        save(built, outlets, done)
+        save(built, outlets, guard, done)
     return done
 
 
-def save(built: Built, outlets: Outlets, done: int) -> None:
+def save(built: Built, outlets: Outlets, guard: Guard, done: int) -> None:
     """Hand the state after `done` steps to the writer; its tensors and a JSON state are all that a resume needs."""
     built.parts.handout.settle()
+    guard.before_save(done)
     outlets.folder.sync_metrics()
     outlets.writer.submit(done, built.pieces(), {"step": done, "facts": dict(outlets.facts)})
 

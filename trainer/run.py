@@ -16,6 +16,7 @@ from trainer.debug.fault import NonFinite
 from trainer.debug.profile import Profiler
 from trainer.device import DTYPES, settle
 from trainer.folder import FINISHED, Followed, RunFolder
+from trainer.guard import Corrupted
 from trainer.loop import Outlets, run_steps
 from trainer.machine import product_rate
 from trainer.manifest import CheckpointError
@@ -31,8 +32,8 @@ from trainer.validate import hold_out
 from trainer.writer import Writer
 
 EXIT_CODES = {"SIGINT": 130, "SIGTERM": 143}
-TRAINING_FAILURES = (CheckpointError, FloatingPointError, OverflowError)
-"""What ends a run with one line instead of a traceback: the disk, or numbers that are no numbers any more."""
+TRAINING_FAILURES = (CheckpointError, Corrupted, FloatingPointError, OverflowError)
+"""What ends a run with one line instead of a traceback: disk, memory, or numbers that are no numbers any more."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -31,6 +31,12 @@ from trainer.pool import RowPool
 from trainer.row import RowSums, TermCounts, Weights
 from trainer.schedule import StepPlan
 
+Verify = Callable[[], None]
+
+
+def skip() -> None:
+    """The `Verify` that does nothing."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Parts:
@@ -90,11 +96,12 @@ class Complaint:
     reason: str
 
 
-def train_step(parts: Parts, plan: StepPlan, stopped: Callable[[], bool]) -> StepResult | None:
+def train_step(parts: Parts, plan: StepPlan, stopped: Callable[[], bool], verify: Verify = skip) -> StepResult | None:
     """Run one step; None, with nothing changed, if `stopped()` turned true between two rows (on one process).
 
-    Raises NonFinite, with nothing changed, for the first row whose losses or gradients are not finite; OverflowError,
-    likewise, where the sum of the rows' gradients could overflow. On many ranks all of them raise it.
+    verify: called when all rows are computed; it may raise. Raises NonFinite, with nothing changed, for the first row
+    whose losses or gradients are not finite; OverflowError, likewise, where the sum of the rows' gradients could
+    overflow. On many ranks all of them raise it.
     """
     frozen = frozen_groups(plan.attention, parts.groups)
     whole_step = Laps(parts.device)
@@ -102,14 +109,11 @@ def train_step(parts: Parts, plan: StepPlan, stopped: Callable[[], bool]) -> Ste
     batch = together.read_rows(parts.stream, plan, mine)
     counts = together.count(parts.world, row.count_rows(batch))
     whole_step.mark()
-    weights = row.weigh(
-        counts, mtp=plan.mtp_weight, balance=parts.loss.balance_weight, indexer=parts.loss.indexer_weight
-    )
+    weights = _weigh(counts, plan, parts.loss)
     for view in parts.pool.views:
         train_only(view, parts.groups, frozen)
     active = {name for name, group in parts.groups.items() if group not in frozen}
     parts.sums.begin(plan.step, active)
-
     row_laps: list[Laps] = []
 
     def leaf(model: Transformer, turn: int) -> RowSums | Complaint | None:
@@ -134,6 +138,7 @@ def train_step(parts: Parts, plan: StepPlan, stopped: Callable[[], bool]) -> Ste
     # All rows end before the first fault is told of, so that it does not depend on which thread was faster.
     turns = [turn for turn, index in enumerate(mine) if index is not None or parts.world.expert.size > 1]
     results = list(parts.pool.map(leaf, turns))
+    verify()  # first: a flipped bit may be why a row is at fault
     _refuse_complaints(parts, plan, weights, [result for result in results if isinstance(result, Complaint)])
     by_turn = [(mine[turn], result) for turn, result in zip(turns, results, strict=True)]
     done = {index: result for index, result in by_turn if index is not None and isinstance(result, RowSums)}
@@ -180,6 +185,10 @@ def train_only(model: Transformer, groups: Mapping[str, str], frozen: Collection
     for name, leaf, _ in leaves(model):
         leaf.requires_grad_(groups[alias_of(name) or name] not in frozen)
         leaf.grad = None
+
+
+def _weigh(counts: TermCounts, plan: StepPlan, loss: LossConfig) -> Weights:
+    return row.weigh(counts, mtp=plan.mtp_weight, balance=loss.balance_weight, indexer=loss.indexer_weight)
 
 
 def _collect(parts: Parts, model: Transformer, turn: int) -> Complaint | None:

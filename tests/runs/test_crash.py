@@ -42,7 +42,7 @@ def config(corpus: Path, tmp_path: Path) -> TrainConfig:
 def plant_before(monkeypatch: pytest.MonkeyPatch, step: int, plant: Plant) -> None:
     """Change the model right before a step."""
 
-    def take(parts: Any, plan: Any, stopped: Any) -> Any:
+    def take(parts: Any, plan: Any, stopped: Any, verify: Any) -> Any:
         if plan.step + 1 == step:
             with torch.no_grad():
                 plant(parts.model)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from trainer import loop
-from trainer.config import CheckpointConfig, ValidationConfig
+from trainer.config import CheckpointConfig, ParallelConfig, ValidationConfig
 from trainer.loop import Outlets, run_steps
 from trainer.parallel.world import ALONE
 from trainer.stop import Stop
@@ -37,6 +37,21 @@ class Diary:
         assert state == {"step": step, "facts": {"torch": "x"}}
         self.notes.append(("save", step))
         time.sleep(SAVE_S)
+
+    def begin(self, done: int) -> None:
+        self.notes.append(("look", done))
+
+    def after_step(self, done: int, *, saves: bool) -> None:
+        self.notes.append(("look before a save" if saves else "look", done))
+
+    def before_update(self) -> None:
+        raise AssertionError("the step is a stand-in")
+
+    def before_save(self, done: int) -> None:
+        self.notes.append(("verify", done))
+
+    def seconds(self) -> float:
+        return 0.0
 
     def before(self, step: int) -> None:
         self.notes.append(("before", step))
@@ -66,7 +81,7 @@ def run(
     """A loop of ten empty steps. stop_after: a signal comes in that step; cut_at: that step is interrupted."""
     diary, stop = Diary(), Stop()
 
-    def take(parts: object, plan: SimpleNamespace, stopped: Stop) -> SimpleNamespace | None:
+    def take(parts: object, plan: SimpleNamespace, stopped: Stop, verify: object) -> SimpleNamespace | None:
         if plan.step == cut_at:
             stop.reason = "SIGTERM"
             return None
@@ -75,10 +90,15 @@ def run(
         return SimpleNamespace()
 
     monkeypatch.setattr(loop, "train_step", take)
+    monkeypatch.setattr(loop, "Guard", lambda parts, every_steps: diary)
     built = SimpleNamespace(
         plans=[SimpleNamespace(step=step, attention="dense") for step in range(STEPS)],
         parts=SimpleNamespace(pool=None, world=ALONE, handout=SimpleNamespace(settle=lambda: None)),
-        config=SimpleNamespace(validation=ValidationConfig(every_steps=4), checkpoint=CheckpointConfig(every_steps=3)),
+        config=SimpleNamespace(
+            validation=ValidationConfig(every_steps=4),
+            checkpoint=CheckpointConfig(every_steps=3),
+            parallel=ParallelConfig(),
+        ),
         pieces=dict,
     )
     outlets = Outlets(folder=diary, writer=diary, tracker=diary, progress=diary, profiler=diary, facts={"torch": "x"})
@@ -106,6 +126,16 @@ def test_metrics_are_synced_before_each_save(monkeypatch: pytest.MonkeyPatch) ->
             assert notes[number - 1] == ("sync", None)
             assert ("row", note[1]) in notes[:number]
             assert ("row", note[1] + 1) not in notes[:number]
+
+
+def test_the_guard_looks_after_the_step_and_verifies_before_the_save(monkeypatch: pytest.MonkeyPatch) -> None:
+    diary = run(monkeypatch, stop_at=7)[0]
+    assert diary.of("look") == [0, 1, 2, 4, 5]
+    assert diary.of("look before a save") == [3, 6, 7], "the last step of a session is saved"
+    assert diary.of("verify") == [3, 6, 7]
+    for number, note in enumerate(diary.notes):
+        if note[0] == "save":
+            assert diary.notes[number - 2] == ("verify", note[1])
 
 
 @pytest.mark.parametrize(

@@ -49,6 +49,7 @@ def row(step: int, source: str = "text") -> dict[str, Any]:
         "time/reduce_s": 0.5,
         "time/exchange_s": 0.2,
         "time/update_s": 1.0,
+        "time/check_s": 0.02,
         "time/observe_s": 0.01,
         "time/validation_s": 0.5,
         "time/save_s": 0.2,
