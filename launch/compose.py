@@ -32,6 +32,8 @@ from trainer.leaves import flatten
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 PRIMARY = "train"
+LAYOUTS = "parallel"
+"""The group of which a run that goes on may take another choice."""
 HYDRA_VERSION_BASE = "1.3"
 COMMAND_LINE = "command line"
 MISSING = "???"
@@ -65,10 +67,17 @@ def compose(overrides: Sequence[str], configs: Path = CONFIGS) -> Composition:
 
 
 def read(path: Path, overrides: Sequence[str] = ()) -> TrainConfig:
-    """A run's own `config.yaml`, with overrides on top (no group choices: the file is whole)."""
+    """A run's own `config.yaml` with overrides on top; of groups only LAYOUTS has choices, else the file is whole."""
     tree = OmegaConf.create(_load(path))
-    for text in overrides:
-        _apply(tree, _parse(text))
+    parsed = [_parse(text, {LAYOUTS}) for text in overrides]
+    chosen = [one for one in parsed if one.type is not OverrideType.DEL and _is_choice(one, {LAYOUTS}, CONFIGS)]
+    for override in chosen:
+        merged, origin = _merge_files([str(override.input_line)], CONFIGS)
+        for leaf in (leaf for leaf, file in origin.items() if file.startswith(f"{CONFIGS.name}/{LAYOUTS}/")):
+            OmegaConf.update(tree, leaf, OmegaConf.select(merged, leaf), force_add=True)
+    for override in parsed:
+        if override not in chosen:
+            _apply(tree, override)
     return validate(_plain(tree))
 
 

@@ -1,8 +1,11 @@
 """`keel train`: compose a configuration and run it."""
 
-from launch import arguments, device
+import os
+
+from launch import arguments, device, local
 from launch.arguments import Arguments
 from launch.runs import CONFIG_FILE, find_crash
+from trainer.parallel.placement import SINGLE
 
 HELP = "train a model: the debug recipe in minutes on a laptop, any other with recipe=NAME"
 USAGE = f"""
@@ -11,6 +14,8 @@ keel train --replay CRASH [--json] [KEY=VALUE ...]
 
 {HELP}.
 The same command again continues an unfinished run; a finished one is left alone.
+A layout of several processes (parallel=cpu4, or parallel.data=2 threads=1) starts them on this machine; torchrun and
+whatever else sets RANK and WORLD_SIZE start them, too, on any number of machines.
 
   --new        start afresh beside earlier runs of the same configuration
   --json       progress as JSON lines on standard output
@@ -27,12 +32,22 @@ def main(argv: list[str]) -> int:
     if words.flags["--replay"] is not None:
         return _replay(words)
     from launch.compose import compose
+    from launch.placement import from_environment
 
     config = compose(words.words).config
+    place = from_environment(os.environ, config.parallel)
+    if place is None and config.parallel.mesh.size > 1:
+        return local.start(["train", *argv], config.parallel.mesh.size)
     device.prepare(config.device)
     from trainer.run import train
 
-    return train(config, new=words.flags["--new"], overrides=list(words.words), json=words.flags["--json"])
+    return train(
+        config,
+        new=words.flags["--new"],
+        overrides=list(words.words),
+        json=words.flags["--json"],
+        place=place or SINGLE,
+    )
 
 
 def _replay(given: Arguments) -> int:

@@ -11,12 +11,14 @@ from typing import Any
 
 import pytest
 
-from launch import device
+from launch import device, local
 from launch.compose import compose
 from launch.config import render
 from launch.main import main
+from launch.placement import VARIABLES
 from launch.runs import find_run
 from launch.sample import stream
+from trainer.parallel.placement import SINGLE, Placement
 
 pytestmark = pytest.mark.usefixtures("merge_once")
 
@@ -45,6 +47,21 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, dict[str, Any]]]:
         vars(module).update(content)
         monkeypatch.setitem(sys.modules, name, module)
     monkeypatch.setattr(device, "nvidia_driver", lambda: False)
+    for name in VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    return noted
+
+
+@pytest.fixture
+def started(monkeypatch: pytest.MonkeyPatch) -> list[tuple[list[str], int]]:
+    """Stands in for the start of several processes and notes their words and number."""
+    noted: list[tuple[list[str], int]] = []
+
+    def start(words: list[str], size: int) -> int:
+        noted.append((words, size))
+        return 9
+
+    monkeypatch.setattr(local, "start", start)
     return noted
 
 
@@ -62,7 +79,7 @@ def test_train_hands_over_one_checked_configuration(calls: list[Any]) -> None:
     assert main(["train", "--new", "seed=3", "model.hc_mult=2"]) == 7
     ((config,), options) = calls[0]
     assert config == compose(["seed=3", "model.hc_mult=2"]).config
-    assert options == {"new": True, "overrides": ["seed=3", "model.hc_mult=2"], "json": False}
+    assert options == {"new": True, "overrides": ["seed=3", "model.hc_mult=2"], "json": False, "place": SINGLE}
     assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
 
 
@@ -77,7 +94,7 @@ def test_resume_takes_the_run_s_own_configuration(calls: list[Any], run_folder: 
     ((config, folder), options) = calls[0]
     assert config.seed == 5
     assert folder.path == run_folder
-    assert options == {"allow_changes": False}
+    assert options == {"allow_changes": False, "place": SINGLE}
 
 
 def test_resume_changes_nothing_unless_allowed(
@@ -87,7 +104,86 @@ def test_resume_changes_nothing_unless_allowed(
     assert capsys.readouterr().err.startswith("keel: error: overrides = seed=6: expected none")
     assert main(["resume", "debug-1234", "--allow-changes", "seed=6"]) == 7
     ((config, _), options) = calls[0]
-    assert (config.seed, options) == (6, {"allow_changes": True})
+    assert (config.seed, options) == (6, {"allow_changes": True, "place": SINGLE})
+
+
+def test_a_layout_of_several_processes_starts_them(calls: list[Any], started: list[Any]) -> None:
+    words = ["train", "--new", "--json", "parallel=cpu2", "seed=3"]
+    assert main(words) == 9
+    assert (started, calls) == ([(words, 2)], [])
+
+
+def test_nothing_is_started_for_a_wrong_configuration(calls: list[Any], started: list[Any]) -> None:
+    assert main(["train", "parallel=cpu2", "threads=2"]) == 2
+    assert (started, calls) == ([], [])
+
+
+@pytest.fixture
+def second_of_two(monkeypatch: pytest.MonkeyPatch) -> Placement:
+    """What a process finds that torchrun has started."""
+    for name, value in zip(VARIABLES, ("1", "2", "0", "node-0", "29500"), strict=True):
+        monkeypatch.setenv(name, value)
+    return Placement(rank=1, size=2, local_rank=0, address="tcp://node-0:29500")
+
+
+def test_one_of_several_processes_trains_in_its_place(
+    calls: list[Any], second_of_two: Placement, started: list[Any], run_folder: Path
+) -> None:
+    assert main(["train", "parallel=cpu2"]) == 7
+    assert main(["resume", "debug-1234", "parallel=cpu2"]) == 7
+    assert [options["place"] for _, options in calls] == [second_of_two] * 2
+    assert started == []
+
+
+def test_the_environment_must_fit_the_mesh(
+    calls: list[Any], second_of_two: Placement, run_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for words in (["train", "parallel=cpu4"], ["resume", "debug-1234"]):
+        assert main(words) == 2
+        assert capsys.readouterr().err.startswith("keel: error: WORLD_SIZE = 2: expected ")
+    assert calls == []
+
+
+@pytest.mark.parametrize(
+    ("layout", "size"),
+    [(["parallel=cpu2"], 2), (["parallel.data=3", "threads=1"], 3), (["parallel=cpu4", "parallel.expert=4"], 4)],
+)
+def test_resume_takes_another_layout(
+    calls: list[Any], started: list[Any], run_folder: Path, layout: list[str], size: int
+) -> None:
+    words = ["resume", "debug-1234", *layout]
+    assert main(words) == 9
+    assert (started, calls) == ([(words, size)], [])
+
+
+@pytest.mark.parametrize("layout", [["parallel=single"], ["parallel.data=1", "parallel.expert=1"]])
+def test_resume_goes_back_to_one_process(
+    calls: list[Any], started: list[Any], run_folder: Path, layout: list[str]
+) -> None:
+    (run_folder / "config.yaml").write_text("\n".join(render(asdict(compose(["parallel=cpu4", "seed=5"]).config))))
+    assert main(["resume", "debug-1234", *layout]) == 7
+    ((config, _), _) = calls[0]
+    assert (config.parallel.mesh.size, config.seed, config.threads) == (1, 5, 1)
+    assert started == []
+
+
+@pytest.mark.parametrize(
+    "words", [["parallel.reduction=fast", "threads=1"], ["parallel=cpu2", "seed=6"], ["model=pro"]]
+)
+def test_what_changes_bits_is_no_layout(
+    calls: list[Any], started: list[Any], run_folder: Path, words: list[str]
+) -> None:
+    assert main(["resume", "debug-1234", *words]) == 2
+    assert (started, calls) == ([], [])
+
+
+def test_a_layout_decides_bits_where_sums_are_fast(calls: list[Any], started: list[Any], run_folder: Path) -> None:
+    fast = compose(["parallel=cpu4", "parallel.reduction=fast"]).config
+    (run_folder / "config.yaml").write_text("\n".join(render(asdict(fast))))
+    assert main(["resume", "debug-1234", "parallel=cpu2"]) == 2
+    assert main(["resume", "debug-1234", "--allow-changes", "parallel=cpu2"]) == 9
+    assert [size for _, size in started] == [2]
+    assert calls == []
 
 
 def test_sample_prints_what_the_run_says(
