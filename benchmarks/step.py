@@ -92,7 +92,7 @@ def _clocked(built: Built) -> Iterator[Clock]:
         mock.patch.object(row, "learn_indexer", clock.around("forward", row.learn_indexer)),
         mock.patch.object(Tensor, "backward", clock.around("backward", Tensor.backward, inside="forward")),
         mock.patch.object(parts.sums, "add", clock.around("sums", parts.sums.add)),
-        mock.patch.object(parts.sums, "result", clock.around("sums", parts.sums.result)),
+        mock.patch.object(parts.sums, "finish", clock.around("sums", parts.sums.finish)),
         mock.patch.object(parts.optimizer, "step", clock.around("optimizer", parts.optimizer.step)),
     ):
         yield clock
