@@ -130,7 +130,8 @@ def test_every_name_of_a_row_is_in_the_table(built: Built, mode: str) -> None:
 def test_the_names_of_the_table_are_all_made(built: Built) -> None:
     """By the step's row, the loop, or the held-out rows."""
     row = row_of(built, PLANS[2])
-    by_loop = {"time/run_s", "time/save_s", "time/observe_s", "time/validation_s", "speed/product_flops_per_s"}
+    times = {f"time/{part}_s" for part in ("run", "check", "save", "observe", "validation")}
+    by_loop = times | {"speed/product_flops_per_s"}
     rows = steps.make_batch()
     document_BT, position_BT = torch.zeros_like(rows.token_BT), torch.arange(steps.LENGTH).expand(steps.ROWS, -1)
     long = replace(rows, document_BT=document_BT, position_BT=position_BT)
