@@ -1,6 +1,8 @@
-"""What all tests share: one thread unless a test wants more, the markers `slow` and `gpu`, the folder of fixtures."""
+"""What all tests share: one thread unless a test wants more, the markers, the folder of fixtures, quick children."""
 
+import multiprocessing
 import os
+from multiprocessing.context import BaseContext
 from pathlib import Path
 
 import pytest
@@ -9,6 +11,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("MKL_NUM_THREADS", "1")
 
 ROOT = Path(__file__).resolve().parent.parent
+CHILDREN = ("tests.runs.children", "tests.trainer.crews", "tests.dist.sessions")
+"""What tests do in other processes. One server forks them all, so it must know of everything before it starts."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -37,6 +41,14 @@ def shared() -> Path:
     if os.environ.get("CI") == "true":
         pytest.fail(reason)
     pytest.skip(reason)
+
+
+@pytest.fixture(scope="session")
+def processes() -> BaseContext:
+    """Children that start in milliseconds: they are forked from a server that has imported everything once."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["__main__", *CHILDREN])
+    return context
 
 
 def _has_gpu() -> bool:

@@ -28,13 +28,13 @@ RATE_S = 0.001
 
 def train_there(config: TrainConfig, log: Path) -> None:
     """Train as the command does; the process ends with the run's exit code, what it says goes to `log`."""
-    _begin(log, log)
+    begin(log, log)
     sys.exit(train(config))
 
 
 def command(words: list[str], out: Path, err: Path) -> None:
     """Run a `keel` command; the process ends with its exit code."""
-    _begin(out, err)
+    begin(out, err)
     sys.exit(main(words))
 
 
@@ -89,7 +89,7 @@ def _after(before: Callable[[], None], operation: Callable[..., object]) -> Call
     return counted
 
 
-def _begin(out: Path, err: Path) -> None:
+def begin(out: Path, err: Path) -> None:
     """What this process writes goes to the ends of two files, which may be one; no long measurement."""
     machine.SECONDS = RATE_S
     for descriptor, path in ((1, out), (2, err)):

@@ -1,6 +1,5 @@
 """What the tests of whole runs share: a corpus, the run over it, and torch's settings as they were before."""
 
-import multiprocessing
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -44,11 +43,3 @@ def settings_of_torch() -> Iterator[None]:
     torch.set_num_threads(threads)
     torch.use_deterministic_algorithms(deterministic)
     torch.utils.deterministic.fill_uninitialized_memory = filling
-
-
-@pytest.fixture(scope="session")
-def processes() -> multiprocessing.context.BaseContext:
-    """Children that start in milliseconds: they are forked from a server that has imported everything once."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["__main__", "tests.runs.children"])
-    return context

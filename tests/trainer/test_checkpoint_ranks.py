@@ -1,6 +1,5 @@
 """Proves with ranks that are processes: saved on some, read on others; one killed while saving harms nothing."""
 
-import multiprocessing
 import shutil
 import signal
 from multiprocessing.context import BaseContext
@@ -15,14 +14,6 @@ from trainer.writer import Writer
 
 MOST_OPERATIONS = 14
 """More than any rank does to the file system for one checkpoint."""
-
-
-@pytest.fixture(scope="module")
-def processes() -> BaseContext:
-    """Children that start in milliseconds: they are forked from a server that has imported torch once."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["__main__", "tests.trainer.crews"])
-    return context
 
 
 def assert_well(folder: Path) -> None:
