@@ -164,12 +164,13 @@ def _outvoted(sums: Mapping[int, int]) -> str:
         others = [rank for rank, found in sums.items() if found != candidate]
         if 2 * len(others) < len(sums):
             agreed = f"{_hex(candidate)}, as on the other {len(sums) - len(others)} ranks"
-            return f"{_listed(others)} = checksum {_hex(*(sums[rank] for rank in others))}: expected {agreed}"
-    return f"{_listed([*sums])} = checksums {_hex(*sums.values())}: expected the same bits"
+            return f"{_listed({rank: sums[rank] for rank in others})}: expected {agreed}"
+    return f"{_listed(sums)}: expected the same bits"
 
 
-def _listed(ranks: Sequence[int]) -> str:
-    return f"rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks))}"
+def _listed(sums: Mapping[int, int]) -> str:
+    plural = "s" * (len(sums) > 1)
+    return f"rank{plural} {', '.join(map(str, sums))} = checksum{plural} {_hex(*sums.values())}"
 
 
 def _hex(*checksums: int) -> str:
