@@ -5,7 +5,7 @@ rows are grouped nor on who computes them (promise 3 of the design).
 """
 
 import math
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -128,8 +128,8 @@ def train_step(parts: Parts, plan: StepPlan, stopped: Callable[[], bool], verify
             result = learn(model, row.pick(batch, turn, parts.device), plan.attention, weights, laps)
             require_finite(result)
         except FloatingPointError as error:
-            model.zero_grad(set_to_none=True)
-            return Complaint(index=index, reason=str(error))
+            # What the round has left of others' rows is looked at all the same: an earlier one may be at fault, too.
+            return _first([Complaint(index=index, reason=str(error)), _collect(parts, model, turn)])
         complaint = _collect(parts, model, turn)
         laps.mark()
         row_laps.append(laps)
@@ -194,28 +194,36 @@ def _weigh(counts: TermCounts, plan: StepPlan, loss: LossConfig) -> Weights:
 def _collect(parts: Parts, model: Transformer, turn: int) -> Complaint | None:
     """Move the gradients of a round into the sums; each use of a shared weight is a leaf of its own.
 
-    The leaves of experts are of the rows of the whole expert group.
+    The leaves of experts are of the rows of the whole expert group. Returns the complaint of the first of these rows.
     """
     place, mesh = parts.world.place, parts.world.mesh
     complaint = None
     for name, leaf, of_row in leaves(model):
-        if leaf.grad is not None and complaint is None:
+        data = place.data if of_row is None else place.data - place.expert + of_row
+        index = turn * mesh.data + data
+        if leaf.grad is not None and (complaint is None or index < complaint.index):
             try:
                 parts.sums.add(alias_of(name) or name, leaf.grad)
             except FloatingPointError as error:
-                data = place.data if of_row is None else place.data - place.expert + of_row
-                complaint = Complaint(index=turn * mesh.data + data, reason=str(error))
+                complaint = Complaint(index=index, reason=str(error))
         leaf.grad = None
     return complaint
 
 
-def _refuse_complaints(parts: Parts, plan: StepPlan, weights: Weights, mine: list[Complaint]) -> None:
+def _first(complaints: Sequence[Complaint | None]) -> Complaint | None:
+    """The complaint of the first row; of one row's, the first."""
+    return min((one for one in complaints if one), key=lambda one: one.index, default=None)
+
+
+def _refuse_complaints(parts: Parts, plan: StepPlan, weights: Weights, mine: Sequence[Complaint]) -> None:
     """Raise NonFinite for the first row that any rank complains of, on all ranks."""
-    first = parts.world.least(min((complaint.index for complaint in mine), default=plan.rows))
+    own = _first(mine)
+    first = parts.world.least(plan.rows if own is None else own.index)
     if first == plan.rows:
         return
-    reasons = [[complaint.reason for complaint in mine if complaint.index == first][:1]]
-    reason = next(reason for of_rank in parts.world.gather(reasons) for found in of_rank for reason in found)
+    reasons = parts.world.gather(own.reason if own is not None and own.index == first else None)
+    # The rank that has the row knows most: others have a part of its gradients.
+    reason = reasons[first % parts.world.mesh.data] or next(filter(None, reasons))
     one = parts.stream.rows(plan.segment, plan.first_row + first, 1)
     raise NonFinite(Fault(index=first, row=row.pick(one, 0, parts.device), plan=plan, weights=weights, reason=reason))
 

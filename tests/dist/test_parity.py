@@ -71,7 +71,7 @@ def ids(value: object) -> str | None:
 
 
 def test_one_process_sees_every_term_and_moves_every_tensor(alone: Alone) -> None:
-    """What is compared: every loss, a clip that is active and one that is not, uneven loads, nothing that stands still."""
+    """What is compared: every loss, a clip that is active or is not, uneven loads, nothing that stands still."""
     steps = alone(FP32)
     always = {"loss/lm", "loss/mtp", "loss/balance", "optim/grad_norm", "optim/clip_scale", "router/load_LE"}
     assert all(always <= told.keys() for told in steps.figures)

@@ -54,8 +54,8 @@ class ExactSum:
     def add(self, name: str, leaf: Tensor) -> None:
         """Add one leaf; threads may call it at the same time.
 
-        Raises FloatingPointError if it is not finite or could not be added even alone, OverflowError if the sum could
-        overflow.
+        Raises FloatingPointError if it is not finite or could not be added even alone. Whether the sum could overflow
+        is told by `merge`.
         """
         assert leaf.shape == self._sums[name].shape, (name, leaf.shape, self._sums[name].shape)
         if leaf.numel() == 0:
@@ -76,8 +76,6 @@ class ExactSum:
             self._add(name, leaf.reshape(-1), largest)
 
     def _add(self, name: str, leaf_P: Tensor, largest: float) -> None:
-        if self._largest[name] + largest >= LIMIT:
-            raise OverflowError(_overflow(name, largest))
         self._largest[name] += largest
         self._centred[name] += largest < REACH
         for part, fixed, fixed_integers in self._chunks(leaf_P.numel()):
@@ -99,14 +97,17 @@ class ExactSum:
         return torch.tensor(rows, dtype=torch.float64, device=self._chunk.device).reshape(-1, 2)
 
     def merge(self, bounds_RP2: Tensor, ranks: Mapping[str, Collection[int]]) -> None:
-        """The sums are about to be those of several processes. bounds_RP2: of all data ranks, alike on each.
+        """The sums are about to be those of all processes. bounds_RP2: of all data ranks, alike on each.
 
-        ranks: the rows of it whose accumulators are added, where not all. Raises OverflowError, on all processes.
+        ranks: the rows of it whose accumulators are added, where not all. Raises OverflowError, on all processes, if a
+        sum could overflow.
         """
         largest_P = bounds_RP2[:, :, 0].sum(0).tolist()
         for number, (name, largest) in enumerate(zip(self._sums, largest_P, strict=True)):
             if largest >= LIMIT:
-                raise OverflowError(_overflow(name, largest))
+                raise OverflowError(
+                    f"gradient {name} = {largest:g}: expected elements whose sum stays below {LIMIT:g} (exact sums)"
+                )
             added = list(ranks.get(name, range(len(bounds_RP2))))
             self._largest[name] = largest
             self._centred[name] = int(bounds_RP2[added, number, 1].sum())
@@ -145,10 +146,6 @@ class ExactSum:
         for start in range(0, size, CHUNK):
             length = min(CHUNK, size - start)
             yield slice(start, start + length), self._chunk[:length], self._chunk_integers[:length]
-
-
-def _overflow(name: str, largest: float) -> str:
-    return f"gradient {name} = {largest:g}: expected elements whose sum stays below {LIMIT:g} (exact sums)"
 
 
 def _integers(tensor: Tensor) -> Any:
