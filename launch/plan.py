@@ -1,16 +1,16 @@
-"""`keel plan`: what a run will be, without starting it: parameters, schedule, training FLOP, memory, decoding."""
+"""`keel plan`: what a run will be, without starting it: parameters, schedule, FLOP, ranks, memory, decoding."""
 
 import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from launch import arguments, plan_decoding
+from launch import arguments, plan_decoding, plan_parallel
 
 if TYPE_CHECKING:
     from trainer.plan import Plan, Stage
 
-HELP = "print parameters, FLOP, schedule, memory and decoding of a run without starting it"
+HELP = "print parameters, FLOP, schedule, ranks, memory, traffic and decoding of a run without starting it"
 USAGE = f"""
 keel plan [--json] [KEY=VALUE ...]
 
@@ -35,7 +35,7 @@ def main(argv: list[str]) -> int:
 
 def as_json(plan: "Plan") -> dict[str, Any]:
     """All numbers of a plan as plain values, integers exact."""
-    counts, memory = plan.counts, plan.memory
+    counts, memory = plan.counts, plan.layout.largest.memory
     totals = {name: getattr(counts, name) for name in ("total_main", "total_mtp", "total", "total_active")}
     return {
         "name": plan.name,
@@ -47,14 +47,15 @@ def as_json(plan: "Plan") -> dict[str, Any]:
         "flops": plan.flops,
         "rule_of_thumb_flops": plan.rule_of_thumb_flops,
         "stages": [_stage_json(stage) for stage in plan.stages],
-        "memory_bytes": asdict(memory) | {"total": memory.total},
+        "memory_bytes": memory.parts() | {"total": memory.total},
+        "layout": plan_parallel.as_json(plan.layout),
         "decoding": [plan_decoding.as_json(one) for one in plan.decoding],
     }
 
 
 def render(plan: "Plan") -> str:
     """The plan as text, one table per question."""
-    blocks = [_parameters(plan), _schedule(plan), _flops(plan), _memory(plan), _decoding(plan)]
+    blocks = [_parameters(plan), _schedule(plan), _flops(plan), *_layout(plan), _decoding(plan)]
     return "\n\n".join([f"plan of {plan.name}", *("\n".join(block) for block in blocks)])
 
 
@@ -124,11 +125,16 @@ def _flops(plan: "Plan") -> list[str]:
     ]
 
 
-def _memory(plan: "Plan") -> list[str]:
-    rows: list[Row] = [("memory in one process", f"bytes, {plan.dtype}", "")]
-    parts = asdict(plan.memory) | {"total": plan.memory.total}
-    rows += [(part, f"{size:,}", f"{_rounded(size)}B") for part, size in parts.items()]
-    return [*_table(rows), "activations and the update's temporary copies come on top"]
+def _layout(plan: "Plan") -> list[list[str]]:
+    """Mesh, memory and traffic; ranks only where there are several."""
+    layout, several = plan.layout, plan.layout.mesh.size > 1
+    memory = _table(plan_parallel.memory(layout, plan.dtype))
+    memory[0] += f"  in stage {layout.dearest + 1}" if len(plan.stages) > 1 else ""
+    blocks = [plan_parallel.mesh(layout)] if several else []
+    blocks += [_table(plan_parallel.ranks(layout))] if several else []
+    blocks += [[*memory, *plan_parallel.MEMORY_NOTES], _table(plan_parallel.activations(layout))]
+    traffic = plan_parallel.traffic(layout)
+    return [*blocks, [*_table(traffic), *plan_parallel.TRAFFIC_NOTES]] if traffic else blocks
 
 
 def _decoding(plan: "Plan") -> list[str]:

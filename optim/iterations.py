@@ -5,6 +5,8 @@ FAST = (3.4445, -4.7750, 2.0315)
 EXACT = (2.0, -1.5, 0.5)
 """Coefficients of the last two: singular values near 1 converge to 1."""
 COEFFICIENTS = (FAST,) * 8 + (EXACT,) * 2
+BATCH_ELEMENTS = 1 << 17
+"""Elements that are orthogonalised at a time: their copies stay in a core's cache, and threads have parts to share."""
 
 
 def iterations_flop(*sides: int) -> int:

@@ -7,10 +7,8 @@ import torch
 from torch import Tensor
 
 from optim.config import MuonConfig
+from optim.iterations import BATCH_ELEMENTS
 from optim.newton_schulz import orthogonalize
-
-BATCH_ELEMENTS = 1 << 17
-"""Elements that are orthogonalised at a time: their copies stay in a core's cache, and threads have parts to share."""
 
 
 def lookahead(momentum: Tensor, gradient: Tensor, mu: float) -> Tensor:

@@ -1,13 +1,12 @@
-"""What a run will be, from its configuration alone: parameters, schedule by stage, training FLOP, memory, decoding.
+"""What a run will be, from its configuration alone: parameters, schedule by stage, FLOP, layout and memory, decoding.
 
 Nothing is allocated and torch is not imported. FLOP take every row for one document (`model.count.training_flops`), so
 they are an upper bound for packed rows, by the little that windows and blocks cost.
 """
 
 from bisect import bisect_left
-from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from itertools import pairwise
 
 from model.config import AttentionMode, ModelConfig
@@ -17,12 +16,10 @@ from model.efficiency import Cost, contexts, v4_cost, v32_cost
 from model.inventory import TensorSpec, file_tensors, released_tensors
 from trainer import schedule
 from trainer.config import Precision, TrainConfig
+from trainer.plan_memory import DTYPE_BYTES
+from trainer.plan_parallel import Layout, layout
 from trainer.schedule import StepPlan
 from trainer.schedule_config import ScheduleConfig
-
-DTYPE_BYTES: dict[Precision, int] = {"fp64": 8, "fp32": 4, "bf16": 2}
-FP32_BYTES = 4
-INT64_BYTES = 8
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -41,27 +38,6 @@ class Stage:
     @property
     def steps(self) -> int:
         return self.last.step - self.first.step + 1
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Memory:
-    """Bytes that a run in one process holds throughout a step; activations and the update's own copies come on top.
-
-    weights: parameters in the run's type (islands at least fp32), router biases and hash tables. masters: fp32 copies
-    of parameters of lower precision. momentum: Muon's, of every matrix. moments: AdamW's two, of the rest.
-    gradients: of the row being computed, in the parameters' types. sums: the exact accumulators, int64.
-    """
-
-    weights: int
-    masters: int
-    momentum: int
-    moments: int
-    sums: int
-    gradients: int
-
-    @property
-    def total(self) -> int:
-        return sum(getattr(self, field.name) for field in fields(self))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -92,7 +68,7 @@ class Plan:
     counts: Counts
     release: Release
     stages: tuple[Stage, ...]
-    memory: Memory
+    layout: Layout
     dtype: Precision
     rule_of_thumb_flops: int
     decoding: tuple[Decoding, ...]
@@ -120,7 +96,7 @@ def plan(config: TrainConfig) -> Plan:
         counts=parameters(config.model),
         release=_release(config.model),
         stages=stages,
-        memory=_memory(config),
+        layout=layout(config, [stage.last for stage in stages]),
         dtype=config.precision.dtype,
         rule_of_thumb_flops=rule_of_thumb(config.model, tokens),
         decoding=tuple(_decoding(config.model, DTYPE_BYTES[config.precision.dtype])),
@@ -175,31 +151,3 @@ def _release(config: ModelConfig) -> Release:
         tensors += copies * len(files)
         size_bytes += copies * sum(file.size_bytes for file in files)
     return Release(tensors=tensors, size_bytes=size_bytes)
-
-
-def _memory(config: TrainConfig) -> Memory:
-    parts = Counter[str]()
-    for spec, copies in _tensors(config.model):
-        uses = 1 + config.model.num_nextn_predict_layers if spec.kind == "table" else 1
-        for part, size_bytes in _element_bytes(spec, DTYPE_BYTES[config.precision.dtype], uses):
-            parts[part] += copies * spec.size * size_bytes
-    row, reduced = parts.pop("row_gradients"), parts.pop("reduced_gradients")
-    return Memory(**parts, gradients=max(row, reduced))
-
-
-def _element_bytes(spec: TensorSpec, dtype_bytes: int, uses: int) -> Iterator[tuple[str, int]]:
-    """Bytes per element of one tensor in each part of the memory; `uses`: gradients of its own that a row leaves."""
-    if spec.stored == "I64":
-        yield "weights", INT64_BYTES
-        return
-    held = max(dtype_bytes, FP32_BYTES) if spec.is_island else dtype_bytes
-    yield "weights", held
-    if spec.kind == "buffer":
-        return
-    state = max(held, FP32_BYTES)
-    yield "masters", state if held < state else 0
-    yield "momentum", state if spec.kind == "matrix" else 0
-    yield "moments", 0 if spec.kind == "matrix" else 2 * state
-    yield "sums", INT64_BYTES
-    yield "row_gradients", uses * held
-    yield "reduced_gradients", state

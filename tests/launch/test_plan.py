@@ -46,7 +46,7 @@ def test_json_has_the_exact_numbers(capsys: pytest.CaptureFixture[str]) -> None:
     assert printed["parameters"]["total"] == planned.counts.total
     assert printed["parameters"]["active"] == planned.counts.active
     assert printed["flops"] == planned.flops
-    assert printed["memory_bytes"]["total"] == planned.memory.total
+    assert printed["memory_bytes"]["total"] == planned.layout.largest.memory.total
     assert [stage["flops"] for stage in printed["stages"]] == [stage.flops for stage in planned.stages]
     assert sum(stage["steps"] for stage in printed["stages"]) == printed["steps"] == planned.steps
     assert all(

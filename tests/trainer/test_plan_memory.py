@@ -1,0 +1,171 @@
+"""Proves that the memory planned for each rank is that of what it builds, and of what a row and an update take.
+
+Oracles: the sizes of the real parameters, state and sums of every rank of small meshes; the storages alive while the
+optimizer takes a step.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from launch.compose import compose
+from model import names
+from tests.model.test_memory import Storages
+from tests.trainer import silent
+from trainer import plan_memory
+from trainer.config import Precision, TrainConfig
+from trainer.parallel.expert import RowExperts, leaves
+from trainer.plan import plan
+from trainer.plan_memory import Memory
+from trainer.step import Parts
+
+LAYOUTS = ([], ["parallel.data=3"], ["parallel.data=2", "parallel.expert=2"], ["parallel.data=4", "parallel.expert=2"],
+           ["parallel.data=6", "parallel.expert=2", "parallel.owners_limit=4"])  # fmt: skip
+"""The last has owners of 3, so that two ranks own the same."""
+
+
+def configured(words: Sequence[str], dtype: Precision = "bf16") -> TrainConfig:
+    return compose(["threads=1", f"precision.dtype={dtype}", *words]).config
+
+
+def size_bytes(tensors: Iterable[Tensor]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def state_bytes(state: Mapping[str, Tensor], *prefixes: str) -> int:
+    """Of the state but for the counts of updates."""
+    return size_bytes(tensor for name, tensor in state.items() if name.startswith(prefixes))
+
+
+def row_gradients(parts: Parts) -> int:
+    """Of the leaves that a row leaves gradients in: stacked experts' weights have leaves for each row instead."""
+    instead = {id(w) for m in parts.model.modules() if isinstance(m, RowExperts) for w in (m.w1, m.w3, m.w2)}
+    return size_bytes(leaf for _, leaf, _ in leaves(parts.model) if id(leaf) not in instead)
+
+
+def check_built(planned: Memory, parts: Parts, *, exact: bool) -> None:
+    state = parts.optimizer.state_dict()
+    assert planned.weights == size_bytes(names.tensors(parts.model).values())
+    assert planned.masters == state_bytes(state, "master/")
+    assert planned.momentum == state_bytes(state, "momentum/")
+    assert planned.moments == state_bytes(state, "exp_avg/", "exp_avg_sq/")
+    assert planned.sums == size_bytes(parts.sums.totals().values())
+    if exact:
+        assert planned.gradients == row_gradients(parts)
+    else:
+        assert planned.gradients == max(size_bytes([leaf]) for _, leaf, _ in leaves(parts.model))
+
+
+@pytest.mark.parametrize("words", LAYOUTS, ids=" ".join)
+def test_every_rank_builds_what_is_planned(words: list[str]) -> None:
+    config = configured(words)
+    layout = plan(config).layout
+    for rank in range(layout.mesh.size):
+        role, parts = layout.role_of(rank), silent.parts(config, rank)
+        check_built(role.memory, parts, exact=True)
+        assert role.load.members == len(parts.ownership.members())
+        assert role.load.elements == sum(
+            member.view(parts.optimizer._parameters[member.parameter]).numel() for member in parts.optimizer.members
+        )
+        assert layout.experts_held == len(parts.model.held)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "fp64"])
+def test_other_types(dtype: Precision) -> None:
+    for words in ([], ["parallel.data=2", "parallel.expert=2"]):
+        config = configured(words, dtype)
+        check_built(plan(config).layout.role_of(0).memory, silent.parts(config, 0), exact=True)
+
+
+@pytest.mark.parametrize("words", LAYOUTS[1:], ids=" ".join)
+def test_the_fast_path(words: list[str]) -> None:
+    config = configured([*words, "parallel.reduction=fast"])
+    layout = plan(config).layout
+    for rank in (0, layout.mesh.size - 1):
+        check_built(layout.role_of(rank).memory, silent.parts(config, rank), exact=False)
+
+
+class Peak(Storages):
+    """Follows also the most bytes that were alive at a time."""
+
+    peak = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = super().__torch_dispatch__(function, types, args, kwargs)
+        self.made = {key: one for key, one in self.made.items() if key not in self.apart and not one[0].expired()}
+        self.peak = max(self.peak, self.alive_bytes())
+        return result
+
+
+def measured_update(parts: Parts) -> int:
+    """Most bytes alive in an optimizer's step that clips, its gradients among them, state and weights apart."""
+    optimizer, weights = parts.optimizer, parts.optimizer._parameters
+    held = [*parts.model.parameters(), *optimizer._masters.values(), *optimizer._state.values(), *weights.values()]
+    wide = torch.promote_types(parts.model.dtype, torch.float32)
+    with Peak(apart=held) as storages:
+        optimizer.step({name: torch.ones_like(weight, dtype=wide) for name, weight in weights.items()}, rate=1e-3)
+    return storages.peak
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+@pytest.mark.parametrize("words", [[], ["parallel.data=4", "parallel.expert=2"]], ids=" ".join)
+def test_an_update_takes_what_is_planned(words: list[str], dtype: Precision) -> None:
+    """Exactly so on one process; matrices narrower than 16 are padded, which a rank that has few others shows."""
+    config = configured(words, dtype)
+    layout = plan(config).layout
+    for rank in range(layout.mesh.size):
+        measured = measured_update(silent.parts(config, rank))
+        assert layout.role_of(rank).memory.update == pytest.approx(measured, rel=0 if layout.mesh.size == 1 else 0.02)
+
+
+def test_a_total_is_of_what_is_there_at_one_time() -> None:
+    memory = Memory(
+        weights=1, masters=2, momentum=4, moments=8, sums=16, buffers=32, activations=64, gradients=128, update=256
+    )
+    assert memory.held == 63
+    assert memory.total == 63 + 256
+    assert replace(memory, update=100).total == 63 + 192
+    assert sum(memory.parts().values()) == 511
+
+
+def test_all_ranks_together_own_every_element_once_per_turn() -> None:
+    for words in LAYOUTS:
+        config = configured(words)
+        planned = plan(config)
+        layout, counts = planned.layout, planned.counts
+        owned = sum(len(role.ranks) * role.load.elements for role in layout.roles)
+        experts = counts.main["experts"] + counts.mtp["experts"]
+        turns = layout.mesh.data // layout.mesh.owners
+        assert owned == experts + turns * (counts.total - experts)
+        assert sorted(rank for role in layout.roles for rank in role.ranks) == list(range(layout.mesh.size))
+
+
+def test_thousands_of_ranks_have_few_roles() -> None:
+    """64 owners of dense matrices, and 64 replicas that share out an expert rank's 528 matrices: 8 or 9 each."""
+    config = configured(["recipe=flash", "parallel.data=4096", "parallel.expert=64"])
+    layout = plan(config).layout
+    assert layout.mesh.owners == 64
+    assert sum(len(role.ranks) for role in layout.roles) == 4096
+    assert len(layout.roles) <= 2 * 64
+    each = 3 * 44 * layout.experts_held
+    assert {role.experts for role in layout.roles} == {each // 64, -(-each // 64)}
+    assert layout.largest.memory.total - layout.smallest.memory.total < 0.02 * layout.largest.memory.total
+
+
+MISTAKES: dict[str, tuple[str, Any]] = {
+    "experts not shared out": ("_held", lambda config, model: config.model.n_routed_experts * model.expert_elements),
+    "sums of 4 bytes": ("INT64_BYTES", 4),
+    "no islands": ("_bytes", lambda elements, width: elements.total() * width),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_planted_mistake_is_caught(mistake: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = configured(["parallel.data=2", "parallel.expert=2"])
+    monkeypatch.setattr(plan_memory, *MISTAKES[mistake])
+    with pytest.raises(AssertionError):
+        check_built(plan(config).layout.role_of(0).memory, silent.parts(config, 0), exact=True)

@@ -1,0 +1,205 @@
+"""Bytes of one rank by part: what it holds throughout, what a row adds, what the update adds; without torch.
+
+Held by tests/trainer/test_plan_memory.py to the objects that the ranks of small meshes build, and to what a row and an
+update really take.
+"""
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+
+from model.config import ModelConfig
+from model.count_memory import again_bytes, kept_bytes
+from model.inventory import TensorSpec, released_tensors
+from model.logical import parameter_shapes
+from optim.groups import Member
+from optim.iterations import BATCH_ELEMENTS
+from optim.zero import shape_of
+from trainer.config import Precision, TrainConfig
+from trainer.schedule import StepPlan
+
+DTYPE_BYTES: dict[Precision, int] = {"fp64": 8, "fp32": 4, "bf16": 2}
+FP32_BYTES = 4
+FP64_BYTES = 8
+INT64_BYTES = 8
+
+Elements = Counter[tuple[str, bool]]
+"""Numbers of elements by kind, and by whether they are of an island, which is held in at least fp32."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Memory:
+    """Bytes of one rank.
+
+    Held throughout: weights, parameters in the run's type (islands at least fp32), router biases and hash tables;
+    masters, fp32 copies of own parameters of lower precision; momentum, Muon's, of own matrices; moments, AdamW's two,
+    of what else is owned; sums, accumulators of all gradients that are made here; buffers, gradients on their way (fast
+    path). A row: activations, what its forward pass keeps and what is computed again at a time; gradients, those that
+    wait for the end of its backward pass. update: the reduced gradients and the optimizer's temporary copies.
+    """
+
+    weights: int
+    masters: int
+    momentum: int
+    moments: int
+    sums: int
+    buffers: int
+    activations: int
+    gradients: int
+    update: int
+
+    @property
+    def held(self) -> int:
+        """What is there throughout."""
+        return self.weights + self.masters + self.momentum + self.moments + self.sums + self.buffers
+
+    @property
+    def total(self) -> int:
+        """An upper bound: a row's activations go as its gradients come; the update follows the rows."""
+        return self.held + max(self.activations + self.gradients, self.update)
+
+    def parts(self) -> dict[str, int]:
+        """By name, in order."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Tensors:
+    """A model's tensors as this file counts them.
+
+    shapes: of whole parameters. islands: names of those. dense: elements outside the experts. expert: shape of an
+    expert's matrix (another has it transposed). matrices: of one expert in all layers. buffers: bytes without gradient.
+    """
+
+    shapes: dict[str, tuple[int, ...]]
+    islands: frozenset[str]
+    dense: Elements
+    expert: tuple[int, int]
+    matrices: int
+    buffers: int
+
+    @property
+    def expert_elements(self) -> int:
+        """Of one expert in all layers."""
+        return self.matrices * math.prod(self.expert)
+
+
+def tensors(config: ModelConfig, element_bytes: int) -> Tensors:
+    """element_bytes: of the model's type."""
+    specs = [spec for spec in released_tensors(config, experts=1) if spec.kind != "buffer"]
+    dense, experts = Elements(), [spec for spec in specs if spec.group == "experts"]
+    for spec in specs:
+        if spec.group != "experts":
+            dense[spec.kind, spec.is_island] += spec.size
+    return Tensors(
+        shapes=parameter_shapes(config),
+        islands=frozenset(spec.name for spec in specs if spec.is_island),
+        dense=dense,
+        expert=(config.moe_intermediate_size, config.hidden_size),
+        matrices=len(experts),
+        buffers=sum(_buffer_bytes(spec, element_bytes) for spec in released_tensors(config, experts=0)),
+    )
+
+
+def _buffer_bytes(spec: TensorSpec, element_bytes: int) -> int:
+    if spec.kind != "buffer":
+        return 0
+    return spec.size * (INT64_BYTES if spec.stored == "I64" else max(element_bytes, FP32_BYTES))
+
+
+def activations(config: TrainConfig, step: StepPlan) -> dict[str, int]:
+    """Bytes kept of a row of this step by part, and what recomputation brings back at a time.
+
+    With expert parallelism as many token-expert pairs arrive as are sent, if the load is even.
+    """
+    given = (config.model, step.row_length, step.attention, config.recompute, DTYPE_BYTES[config.precision.dtype])
+    return kept_bytes(*given) | {"computed_again": again_bytes(*given)}
+
+
+def memory(config: TrainConfig, model: Tensors, owned: Sequence[Member], experts: int, kept: int) -> Memory:
+    """Of a rank that owns these dense members and so many experts' matrices; kept: bytes of a row's activations."""
+    mesh, width = config.parallel.mesh, DTYPE_BYTES[config.precision.dtype]
+    state, exact = max(width, FP32_BYTES), config.parallel.reduction == "exact"
+    here = model.dense + Elements({("matrix", False): _held(config, model)})
+    own = _elements(model, owned) + Elements({("matrix", False): experts * math.prod(model.expert)})
+    matrices = sum(size for (kind, _), size in own.items() if kind == "matrix")
+    lower = sum(size for (_, island), size in own.items() if not island) if width < state else 0
+    return Memory(
+        weights=_bytes(here, width) + model.buffers,
+        masters=lower * state,
+        momentum=matrices * state,
+        moments=2 * (own.total() - matrices) * state,
+        sums=here.total() * (INT64_BYTES if exact else state),
+        buffers=0 if exact or mesh.size == 1 else _on_their_way(config, model, owned, experts),
+        activations=kept,
+        gradients=_row_gradients(config, model, width) if exact else _largest_leaf(config, model, width),
+        update=_update(model, owned, experts, own, state),
+    )
+
+
+def _held(config: TrainConfig, model: Tensors) -> int:
+    """Elements of the experts that are here."""
+    return config.model.n_routed_experts // config.parallel.expert * model.expert_elements
+
+
+def _elements(model: Tensors, members: Sequence[Member]) -> Elements:
+    found = Elements()
+    for member in members:
+        found[member.kind, member.parameter in model.islands] += math.prod(shape_of(member, model.shapes))
+    return found
+
+
+def _bytes(elements: Elements, width: int) -> int:
+    """In the model's type, islands in at least fp32."""
+    return sum(size * (max(width, FP32_BYTES) if island else width) for (_, island), size in elements.items())
+
+
+def _row_gradients(config: TrainConfig, model: Tensors, width: int) -> int:
+    """Exact path: every parameter's, of each use of a shared one; experts' of every row of the expert group."""
+    tables = sum(size for (kind, _), size in model.dense.items() if kind == "table")
+    second = config.model.num_nextn_predict_layers * tables * width
+    return _bytes(model.dense, width) + second + config.parallel.expert * _held(config, model) * width
+
+
+def _largest_leaf(config: TrainConfig, model: Tensors, width: int) -> int:
+    """Fast path: a gradient goes into its sum when it is there, so that one exists at a time."""
+    stacked = _held(config, model) // model.matrices * width
+    sizes = ((name, math.prod(shape)) for name, shape in model.shapes.items() if len(shape) < 3)
+    return max(stacked, *(size * (max(width, FP32_BYTES) if name in model.islands else width) for name, size in sizes))
+
+
+def _on_their_way(config: TrainConfig, model: Tensors, owned: Sequence[Member], experts: int) -> int:
+    """Fast path: what leaves for the owners and what comes from the others, kept until the next step begins."""
+    mesh, fp64 = config.parallel.mesh, config.precision.dtype == "fp64"
+    dense = FP64_BYTES if fp64 else DTYPE_BYTES[config.parallel.dense_reduction]
+    of_experts, replicas = FP64_BYTES if fp64 else DTYPE_BYTES["bf16"], mesh.data // mesh.expert
+    total = 0
+    if mesh.owners > 1:
+        total += dense * (model.dense.total() + mesh.owners * _elements(model, owned).total())
+    if replicas > 1:
+        total += of_experts * (_held(config, model) + replicas * experts * math.prod(model.expert))
+    return total
+
+
+def _update(model: Tensors, owned: Sequence[Member], experts: int, own: Elements, state: int) -> int:
+    """The reduced gradients, and the most that the optimizer adds at a time: a clipped copy and what follows it."""
+    matrices = Counter(shape_of(member, model.shapes) for member in owned if member.kind == "matrix")
+    matrices[model.expert] += experts
+    others = [math.prod(shape_of(member, model.shapes)) for member in owned if member.kind != "matrix"]
+    in_matrices = sum(size for (kind, _), size in own.items() if kind == "matrix")
+    gradients, directions = own.total() * state, in_matrices * state
+    changes = (own.total() - in_matrices) * state
+    largest = max([math.prod(shape) for shape, number in matrices.items() if number] + others, default=0)
+    # Squares of one member, in fp64 and padded; directions of all matrices and one batch on its way; changes of all
+    # others, and of one its squares.
+    norm = 2 * FP64_BYTES * largest
+    batch = max(_batch(shape, number) for shape, number in matrices.items()) * state
+    rest = max(others, default=0) * 2 * FP64_BYTES
+    return gradients + max(norm, gradients + max(directions + batch, changes + rest))
+
+
+def _batch(shape: tuple[int, ...], number: int) -> int:
+    """Elements of the stack, of its iterates and of two squares while a batch of such matrices is orthogonalised."""
+    at_a_time = min(number, max(1, BATCH_ELEMENTS // math.prod(shape)))
+    return at_a_time * (3 * math.prod(shape) + 2 * min(shape) ** 2)

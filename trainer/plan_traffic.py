@@ -1,0 +1,156 @@
+"""What the ranks of a mesh send each other in a step, collective by collective, from the configuration alone.
+
+Counted are the tensors of tokens, gradients and weights. Counts of tokens, losses and norms travel as a few numbers and
+are not. All figures are of all ranks together. Held by tests/dist/test_plan_traffic.py to what small meshes send.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from model.config import AttentionMode
+from optim import zero
+from optim.groups import Member
+from trainer.config import TrainConfig
+from trainer.plan_memory import DTYPE_BYTES, FP32_BYTES, FP64_BYTES, INT64_BYTES, Tensors
+from trainer.schedule import StepPlan
+
+SENT = {"all_to_all": 1, "reduce": 1, "broadcast": 1, "all_reduce": 2}
+"""How often a rank passes on what it gives to a group of n, times (n - 1) / n: pairwise or by a ring."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Collective:
+    """One kind of exchange in a step. kind: as torch.distributed calls it. axis, group: whose ranks, how many a call.
+
+    calls, payload_bytes (of the tensors that ranks give) and sent_bytes (what leaves a rank for others): of all ranks.
+    """
+
+    name: str
+    kind: str
+    axis: str
+    group: int
+    calls: int
+    payload_bytes: int
+    sent_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Shares:
+    """Members by owner: of dense matrices, and of the experts that one rank holds, over its replicas."""
+
+    dense: tuple[tuple[Member, ...], ...]
+    experts: tuple[tuple[Member, ...], ...]
+
+
+def is_trained(group: str, mode: AttentionMode) -> bool:
+    """True where a step in this mode trains a group of parameters, as `trainer.step.frozen_groups` has it."""
+    return mode == "sparse" or (group == "indexer") == (mode == "indexer_warmup")
+
+
+def traffic(config: TrainConfig, step: StepPlan, model: Tensors, shares: Shares) -> tuple[Collective, ...]:
+    """The exchanges of one step, in order; those of groups of one rank are none. Expert loads count as even."""
+    trained = Shares(
+        dense=tuple(tuple(one for one in own if is_trained(one.group, step.attention)) for own in shares.dense),
+        experts=tuple(tuple(one for one in own if is_trained(one.group, step.attention)) for own in shares.experts),
+    )
+    found = [*_tokens(config, step), *_gradients(config, model, trained), *_weights(config, model, trained)]
+    return tuple(one for one in found if one.group > 1 and one.calls)
+
+
+def _tokens(config: TrainConfig, step: StepPlan) -> Iterator[Collective]:
+    """Token-expert pairs there, results back, and the way of their gradients; again where they are computed again."""
+    model, width, mesh = config.model, DTYPE_BYTES[config.precision.dtype], config.parallel.mesh
+    again = {"experts", "block"} & set(config.recompute), {"experts"} & set(config.recompute)
+    trains = step.attention != "indexer_warmup"
+    branches = model.num_nextn_predict_layers
+    tokens = model.num_hidden_layers * step.row_length, branches * (step.row_length - 1)
+    times = tuple(1 + bool(parts and trains) for parts in again)
+    forward = sum(number * count for number, count in zip(tokens, times, strict=True))
+    layers = model.num_hidden_layers * times[0] + branches * times[1]
+    pair = 2 * model.hidden_size * width + max(width, FP32_BYTES)
+    rounds = -(-step.rows // mesh.data) * mesh.data
+    pairs = step.rows * model.num_experts_per_tok
+    counts = rounds * layers * model.n_routed_experts * INT64_BYTES
+    yield _collective("counts of tokens", "all_to_all", "expert", mesh.expert, rounds * layers, counts)
+    yield _collective(
+        "tokens to experts and back", "all_to_all", "expert", mesh.expert, 3 * rounds * layers, pairs * forward * pair
+    )
+    if trains:
+        calls = 3 * rounds * (model.num_hidden_layers + branches)
+        yield _collective("their gradients", "all_to_all", "expert", mesh.expert, calls, pairs * sum(tokens) * pair)
+
+
+def _gradients(config: TrainConfig, model: Tensors, trained: Shares) -> Iterator[Collective]:
+    """To the owners, on the exact path as integers, and between ranks that own the same."""
+    mesh, exact = config.parallel.mesh, config.parallel.reduction == "exact"
+    replicas, turns = mesh.data // mesh.expert, mesh.data // mesh.owners
+    dense, experts = (sum(_elements(model, own) for own in of) for of in (trained.dense, trained.experts))
+    spans, of_experts = (sum(len(zero.spans(own)) for own in of) for of in (trained.dense, trained.experts))
+    own_dense, ranks = dense * turns, mesh.size
+    if exact:
+        bounds = ranks * 2 * len(model.shapes) * FP64_BYTES
+        yield _gather("bounds of sums", "data", mesh.data, ranks, bounds)
+        yield _collective(
+            "dense gradients", "reduce", "owners", mesh.owners, ranks * spans, ranks * dense * INT64_BYTES
+        )
+        yield _collective(
+            "experts' gradients", "reduce", "replicas", replicas, ranks * of_experts, ranks * experts * INT64_BYTES
+        )
+        yield _collective("between owners", "all_reduce", "same_owners", turns, turns * spans, own_dense * INT64_BYTES)
+        return
+    fp64 = config.precision.dtype == "fp64"
+    width = FP64_BYTES if fp64 else DTYPE_BYTES[config.parallel.dense_reduction]
+    of_expert = FP64_BYTES if fp64 else DTYPE_BYTES["bf16"]
+    parts, of_layers = (
+        len({_bucket(one.parameter) for own in of for one in own}) for of in (trained.dense, trained.experts)
+    )
+    yield _collective("dense gradients", "all_to_all", "owners", mesh.owners, ranks * parts, ranks * dense * width)
+    yield _collective(
+        "experts' gradients", "all_to_all", "replicas", replicas, ranks * of_layers, ranks * experts * of_expert
+    )
+    calls = ranks * parts if mesh.owners > 1 else ranks * spans
+    yield _gather("between owners", "same_owners", turns, calls, own_dense * (FP64_BYTES if fp64 else FP32_BYTES))
+
+
+def _weights(config: TrainConfig, model: Tensors, trained: Shares) -> Iterator[Collective]:
+    """New ones from their owners, in the model's type."""
+    mesh, width = config.parallel.mesh, DTYPE_BYTES[config.precision.dtype]
+    for name, of, axis, group in (
+        ("new dense weights", trained.dense, "owners", mesh.owners),
+        ("new experts' weights", trained.experts, "replicas", mesh.data // mesh.expert),
+    ):
+        size = sum(_weight_bytes(model, own, width) for own in of)
+        spans = sum(len(zero.spans(own)) for own in of)
+        yield _collective(name, "broadcast", axis, group, mesh.size * spans, mesh.size * size)
+
+
+def _collective(name: str, kind: str, axis: str, group: int, calls: int, payload: int) -> Collective:
+    sent = SENT[kind] * payload * (group - 1) // group
+    return Collective(name=name, kind=kind, axis=axis, group=group, calls=calls, payload_bytes=payload, sent_bytes=sent)
+
+
+def _gather(name: str, axis: str, group: int, calls: int, payload: int) -> Collective:
+    """Everybody's goes to everybody."""
+    sent = payload * (group - 1)
+    return Collective(
+        name=name, kind="all_gather", axis=axis, group=group, calls=calls, payload_bytes=payload, sent_bytes=sent
+    )
+
+
+def _bucket(parameter: str) -> str:
+    """What leaves together on the fast path, as `trainer.parallel.fast.bucket_of` has it."""
+    first, _, rest = parameter.partition(".")
+    return f"{first}.{rest.partition('.')[0]}" if first in ("layers", "mtp") else "rest"
+
+
+def _elements(model: Tensors, members: Sequence[Member]) -> int:
+    return sum(math.prod(zero.shape_of(member, model.shapes)) for member in members)
+
+
+def _weight_bytes(model: Tensors, members: Sequence[Member], width: int) -> int:
+    island = max(width, FP32_BYTES)
+    return sum(
+        math.prod(zero.shape_of(member, model.shapes)) * (island if member.parameter in model.islands else width)
+        for member in members
+    )
