@@ -17,6 +17,7 @@ from optim import zero
 from tests.dist import ranks
 from tests.dist.ranks import Case
 from trainer import plan_traffic
+from trainer.parallel.fast import FastSum
 from trainer.parallel.mesh import Mesh
 from trainer.parallel.world import World, start
 from trainer.plan_parallel import layout
@@ -65,6 +66,8 @@ def tell(rank: int, folder: Path, case: Case, mesh: Mesh) -> None:
         ranks.step_of(built, case, number)
         built.parts.handout.settle()
         told.append({key: [seen[key], sizes[key]] for key in seen})
+        if isinstance(built.parts.sums, FastSum):
+            told[-1]["came"] = [0, sum(one.came.nbytes for of in built.parts.sums._launched.values() for one in of)]
         seen.clear()
         sizes.clear()
     (folder / f"{rank}.json").write_text(json.dumps(told))
@@ -90,7 +93,7 @@ def sent(processes: BaseContext, case: Case, mesh: Mesh, folder: Path) -> list[T
     ranks.spawn(processes, tell, mesh.size, folder, case, mesh)
     of_ranks = [json.loads((folder / f"{rank}.json").read_text()) for rank in range(mesh.size)]
     return [
-        {key: [sum(one[key][at] for one in step) for at in (0, 1)] for key in step[0]}
+        {key: [sum(one[key][at] for one in step) for at in (0, 1)] for key in step[0] if key != "came"}
         for step in zip(*of_ranks, strict=True)
     ]
 
@@ -112,6 +115,18 @@ def sent(processes: BaseContext, case: Case, mesh: Mesh, folder: Path) -> list[T
 def test_ranks_send_what_is_planned(case: Case, mesh: Mesh, processes: BaseContext, tmp_path: Path) -> None:
     found, expected = sent(processes, case, mesh, tmp_path), planned(case, mesh)
     assert found == expected
+
+
+@pytest.mark.parametrize("mesh", [DATA_2, pytest.param(TWICE, marks=pytest.mark.slow)], ids=["data", "owners twice"])
+def test_buffers_of_the_fast_path_are_what_leaves_and_comes(mesh: Mesh, processes: BaseContext, tmp_path: Path) -> None:
+    """In the sparse step, which trains everything."""
+    ranks.spawn(processes, tell, mesh.size, tmp_path, FAST, mesh)
+    config = ranks.config_of(FAST, mesh)
+    roles = layout(config, [ranks.plan_of(2, FAST)])
+    for rank in range(mesh.size):
+        told = json.loads((tmp_path / f"{rank}.json").read_text())[2]
+        given = sum(told[f"all_to_all {axis}"][1] for axis in ("owners", "replicas") if f"all_to_all {axis}" in told)
+        assert roles.role_of(rank).memory.buffers == given + told["came"][1]
 
 
 @pytest.fixture(scope="module")

@@ -1,11 +1,12 @@
 """Proves that `keel plan` prints the layout's numbers for small and large meshes, and all of them with --json."""
 
 import json
+import re
 from dataclasses import asdict
 
 import pytest
 
-from launch.compose import compose
+from launch.compose import CONFIGS, compose
 from launch.main import main
 from trainer.plan import plan
 from trainer.plan_parallel import Layout
@@ -92,3 +93,13 @@ def test_json_has_every_role_and_exchange(capsys: pytest.CaptureFixture[str]) ->
     assert found["traffic"] == [[asdict(one) for one in stage] for stage in planned.traffic]
     assert found["activations_bytes"] == list(planned.activations)
     assert found["balance"]["flop"]["of_bound"] == planned.flop.of_bound
+
+
+def test_the_example_of_the_document_is_what_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    lines = printed(CPU4, capsys)
+    page = (CONFIGS.parent / "docs" / "parallel.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"^```\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
+    shown = [block for block in blocks if "mesh of 4 ranks" in block or "sent by a rank" in block]
+    assert len(shown) == 2
+    for block in shown:
+        assert [line for line in block.splitlines() if line not in lines and not line.startswith("$ ")] == []
