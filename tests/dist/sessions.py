@@ -10,7 +10,10 @@ from multiprocessing.context import BaseContext
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from tests.dist import ranks
+from tests.dist.ranks import Plant
 from tests.runs import children, tiny
 from trainer.config import CheckpointConfig, ParallelConfig, TrainConfig
 from trainer.parallel.mesh import Mesh
@@ -43,12 +46,14 @@ def name(mesh: Mesh) -> str:
 
 
 class Session:
-    """The processes of one start of a run."""
+    """The processes of one start of a run. plant: called in each of them first; breaks something there."""
 
-    def __init__(self, processes: BaseContext, config: TrainConfig, stop_at: int = EVER) -> None:
+    def __init__(
+        self, processes: BaseContext, config: TrainConfig, stop_at: int = EVER, plant: Plant | None = None
+    ) -> None:
         self.runs_dir, self.size = Path(config.runs_dir), config.parallel.mesh.size
         self._folder = self.runs_dir.with_name(f"{self.runs_dir.name}-ranks")
-        self._children = ranks.begin(processes, train_there, self.size, self._folder, config, stop_at)
+        self._children = ranks.begin(processes, train_there, self.size, self._folder, config, stop_at, plant)
 
     def is_over(self) -> bool:
         """True once no process runs."""
@@ -96,9 +101,11 @@ class Session:
         return "\n".join(f"-- {file.name}\n{file.read_text()}" for file in files)
 
 
-def train_there(rank: int, folder: Path, config: TrainConfig, stop_at: int) -> None:
+def train_there(rank: int, folder: Path, config: TrainConfig, stop_at: int, plant: Plant | None) -> None:
     """Train as the command does; the process ends with the run's exit code."""
     log = folder / f"{rank}.log"
+    if plant is not None:
+        plant(pytest.MonkeyPatch())
     children.begin(log, log)
     sys.exit(train(config, place=ranks.placement(rank, config.parallel.mesh.size, folder), stop_at=stop_at))
 

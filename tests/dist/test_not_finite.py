@@ -16,14 +16,19 @@ from data.batch import Batch
 from model.dispatch import Dispatched, LocalDispatcher
 from tests.dist import ranks, sessions
 from tests.dist.ranks import Case, Plant, Steps
-from trainer import step
+from tests.dist.sessions import Session
+from tests.runs import tiny
+from trainer import loop, step
+from trainer.folder import RunFolder
 from trainer.parallel.mesh import Mesh
 from trainer.parallel.world import ALONE, World, start
 from trainer.row import RowSums
+from trainer.schedule import StepPlan
+from trainer.step import Parts, StepResult
 
 CASE = Case(rows=(4, 3, 5))
 STEP = 2
-"""The step in which something is planted: sparse, five rows; on four ranks three of them have none in its last round."""
+"""The step in which something is planted: sparse, five rows; on four ranks three have none in its last round."""
 BAD = float("nan")
 Learn = Callable[..., RowSums]
 
@@ -207,3 +212,38 @@ def test_all_ranks_name_the_same_row_change_nothing_and_go_on(
 
 def shown(error: str) -> str:
     return re.sub(r"(of 5: gradient ).*", r"\1", error)
+
+
+# a whole run
+
+
+def bad_losses_of_rank_1(patch: pytest.MonkeyPatch) -> None:
+    """In step 7, which has three rows."""
+    take, learn = loop.train_step, step.learn
+
+    def take_spoiled(parts: Parts, plan: StepPlan, *rest: Any, **options: Any) -> StepResult | None:
+        if plan.step + 1 == 7 and parts.world.rank == 1:
+            patch.setattr(step, "learn", lambda *given: replace(learn(*given), lm=BAD))
+        return take(parts, plan, *rest, **options)
+
+    patch.setattr(loop, "train_step", take_spoiled)
+
+
+@pytest.mark.parametrize(
+    "mesh",
+    [Mesh(data=2, expert=2, owners=2), pytest.param(Mesh(data=3, owners=3), marks=pytest.mark.slow)],
+    ids=sessions.name,
+)
+def test_a_run_ends_on_all_ranks_and_goes_on_with_others(
+    mesh: Mesh, processes: BaseContext, corpus: Path, run_alone: RunFolder, tmp_path: Path
+) -> None:
+    session = Session(processes, sessions.config(corpus, tmp_path / "runs", mesh), plant=bad_losses_of_rank_1)
+    assert session.wait() == [1] * mesh.size, session.said()
+    assert "keel: error: step 7, row 2 of 3" in session.said()
+    run = tiny.only_run(session.runs_dir)
+    end = run.history()[-1]
+    assert (end["event"], end["step"]) == ("end", 6)
+    assert end["reason"].startswith("NonFinite: step 7, row 2 of 3")
+    session = Session(processes, sessions.config(corpus, session.runs_dir, sessions.ONE))
+    assert session.wait() == [0], session.said()
+    tiny.assert_same_run(run, run_alone)

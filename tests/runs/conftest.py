@@ -37,9 +37,9 @@ def whole(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
 @pytest.fixture(autouse=True)
 def settings_of_torch() -> Iterator[None]:
     """A run fixes the thread count and switches deterministic algorithms on: undone for the tests after it."""
-    threads, deterministic = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
+    threads, deterministic = torch.get_num_threads(), torch.get_deterministic_debug_mode()
     filling = torch.utils.deterministic.fill_uninitialized_memory
     yield
     torch.set_num_threads(threads)
-    torch.use_deterministic_algorithms(deterministic)
+    torch.set_deterministic_debug_mode(deterministic)
     torch.utils.deterministic.fill_uninitialized_memory = filling
