@@ -1,4 +1,4 @@
-"""Proves that a scaled configuration keeps its features, that made-up rows are packed rows, that no change is missed."""
+"""Proves that a scaled configuration keeps its features, made-up rows are packed rows, and no change is missed."""
 
 import math
 from dataclasses import replace
