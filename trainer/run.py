@@ -259,7 +259,8 @@ def _refuse_changes(saved: Mapping[str, Any], now: Mapping[str, Any], session: S
 
 def _facts(config: TrainConfig, device: torch.device, kernels: str, data_fingerprint: str) -> dict[str, Any]:
     parallel = config.parallel
-    reduction = "exact" if parallel.reduction == "exact" else f"fast: {asdict(parallel)}"
+    layout = {key: value for key, value in asdict(parallel).items() if key != "check_every_steps"}
+    reduction = "exact" if parallel.reduction == "exact" else f"fast: {layout}"
     facts = provenance.facts(device=str(device), dtype=config.precision.dtype, kernels=kernels, reduction=reduction)
     return facts | {"data_fingerprint": data_fingerprint}
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -48,12 +48,14 @@ def test_multipliers_are_odd_different_and_fixed() -> None:
     assert inner[:2].tolist() == [-1530673954295414549, 4064269471072392265], "other numbers on other machines"
 
 
+@settings(deadline=None)
 @given(st.sampled_from(DTYPES), st.integers(0, 400), st.integers(0, 99))
 def test_it_is_the_sum_it_is_said_to_be(dtype: torch.dtype, elements: int, seed: int) -> None:
     tensor = draw(dtype, elements, seed)
     assert int(Checksum()(tensor)) == by_the_book(tensor)
 
 
+@settings(deadline=None)
 @given(st.integers(0, 400))
 def test_a_gpu_s_way_gives_the_same(words: int) -> None:
     word_P, inner_P = draw(torch.int32, words), checksum._odd(checksum.INNER, SMALL_CHUNK)
@@ -62,6 +64,7 @@ def test_a_gpu_s_way_gives_the_same(words: int) -> None:
     assert in_blocks == one_by_one or in_blocks == [*one_by_one, 0]
 
 
+@settings(deadline=None)
 @given(st.data(), st.sampled_from(DTYPES), st.integers(1, 100))
 def test_every_flipped_bit_is_seen(data: st.DataObject, dtype: torch.dtype, elements: int) -> None:
     tensor, of = draw(dtype, elements), Checksum()
@@ -70,6 +73,7 @@ def test_every_flipped_bit_is_seen(data: st.DataObject, dtype: torch.dtype, elem
     assert int(of(tensor)) != before
 
 
+@settings(deadline=None)
 @given(st.integers(0, 31), st.lists(st.integers(0, 99), min_size=2, max_size=8, unique=True))
 def test_the_same_bit_flipped_in_several_words_is_seen(bit: int, words: list[int]) -> None:
     """A line that hangs, the top bit included: there sums of 64-bit words would see only odd numbers of flips."""
@@ -80,6 +84,7 @@ def test_the_same_bit_flipped_in_several_words_is_seen(bit: int, words: list[int
     assert int(of(tensor)) != before
 
 
+@settings(deadline=None)
 @given(st.integers(0, 99), st.integers(0, 99), st.sampled_from([1, SMALL_CHUNK]))
 def test_swapped_words_and_chunks_are_seen(left: int, right: int, size: int) -> None:
     tensor, of = draw(torch.int32, 100 * size), Checksum()
@@ -95,6 +100,7 @@ def test_swapped_tensors_are_seen() -> None:
     assert of({"a": first, "b": second}) != of({"a": second, "b": first})
 
 
+@settings(deadline=None)
 @given(st.sampled_from(DTYPES), st.integers(0, 20), st.integers(0, 20))
 def test_it_depends_on_the_elements_and_not_on_where_they_lie(dtype: torch.dtype, start: int, stop: int) -> None:
     """Rows of a tensor may begin in the middle of a word; a transposed one is read in the order of its elements."""
