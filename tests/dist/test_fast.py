@@ -1,4 +1,4 @@
-"""Proves what the fast path promises: the same bits every time on a layout, gradients as right as they travel, overlap."""
+"""Proves what the fast path promises: the same bits again on a layout, gradients as right as they travel, overlap."""
 
 from collections.abc import Mapping
 from dataclasses import replace

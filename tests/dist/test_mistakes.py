@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from optim.config import OptimConfig
-from tests.dist import mistakes, ranks
+from tests.dist import mistakes, mistakes_owners, ranks
 from tests.dist.ranks import Case, Plant, Steps
 from trainer.parallel.mesh import Mesh
 
@@ -35,16 +35,28 @@ MISTAKES: dict[Plant, tuple[Case, Mesh, str]] = {
     mistakes.replicas_keep_their_own_sums: (CASE, DATA, "step 0 optim/grad_norm"),
     mistakes.owner_groups_keep_their_own_sums: (CASE, TWICE, "step 0 optim/grad_norm"),
     mistakes.sums_added_in_floating_point: (CASE, DATA, "momentum/layers.0.attn.wkv.weight"),
-    mistakes.a_rank_dropped_from_the_norm: (CASE, DATA, "step 0 optim/grad_norm"),
-    mistakes.squares_rounded_on_each_rank: (CASE, DATA, "step 0 optim/grad_norm"),
-    mistakes.every_owner_of_the_same_is_counted: (CASE, TWICE, "step 0 optim/grad_norm"),
-    mistakes.clip_by_the_own_norm: (CLIPPED, DATA, "step 0 optim/clip_scale"),
-    mistakes.an_owner_updates_twice: (CASE, DATA, "step 1 row 0/lm"),
-    mistakes.one_weight_is_not_handed_out: (CASE, DATA, "model/layers.0.attn.wo_b.weight: not the same on rank 1"),
-    mistakes.a_rank_keeps_the_weights_before: (CASE, DATA, "model/layers.0.attn.wo_b.weight: not the same on rank 1"),
-    mistakes.momentum_of_another_owner: (SAVED, DATA, "momentum/"),
-    mistakes.masters_from_the_weights: (SAVED_BF16, DATA, "master/"),
-    mistakes.biases_of_one_rank_not_restored: (SAVED, DATA, "model/layers.1.ffn.gate.bias: not the same on rank 1"),
+    mistakes_owners.a_rank_dropped_from_the_norm: (CASE, DATA, "step 0 optim/grad_norm"),
+    mistakes_owners.squares_rounded_on_each_rank: (CASE, DATA, "step 0 optim/grad_norm"),
+    mistakes_owners.every_owner_of_the_same_is_counted: (CASE, TWICE, "step 0 optim/grad_norm"),
+    mistakes_owners.clip_by_the_own_norm: (CLIPPED, DATA, "step 0 optim/clip_scale"),
+    mistakes_owners.an_owner_updates_twice: (CASE, DATA, "step 1 row 0/lm"),
+    mistakes_owners.one_weight_is_not_handed_out: (
+        CASE,
+        DATA,
+        "model/layers.0.attn.wo_b.weight: not the same on rank 1",
+    ),
+    mistakes_owners.a_rank_keeps_the_weights_before: (
+        CASE,
+        DATA,
+        "model/layers.0.attn.wo_b.weight: not the same on rank 1",
+    ),
+    mistakes_owners.momentum_of_another_owner: (SAVED, DATA, "momentum/"),
+    mistakes_owners.masters_from_the_weights: (SAVED_BF16, DATA, "master/"),
+    mistakes_owners.biases_of_one_rank_not_restored: (
+        SAVED,
+        DATA,
+        "model/layers.1.ffn.gate.bias: not the same on rank 1",
+    ),
 }
 
 

@@ -9,6 +9,7 @@ import signal
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -134,8 +135,8 @@ def test_a_signal_right_after_a_save_does_not_save_again(
     """A second checkpoint of the same step would set the first one aside, for ever."""
     save = loop.save
 
-    def save_and_ask_to_stop(built: Built, outlets: loop.Outlets, done: int) -> None:
-        save(built, outlets, done)
+    def save_and_ask_to_stop(built: Built, outlets: loop.Outlets, *rest: Any) -> None:
+        save(built, outlets, *rest)
         os.kill(os.getpid(), signal.SIGTERM)
 
     with monkeypatch.context() as patch:
@@ -152,10 +153,10 @@ def test_an_error_is_two_lines_and_the_run_goes_on_from_its_last_checkpoint(
 ) -> None:
     take = loop.train_step
 
-    def overflow_in_step_5(parts: Parts, plan: StepPlan, stopped: Callable[[], bool]) -> StepResult | None:
+    def overflow_in_step_5(parts: Parts, plan: StepPlan, *rest: Any) -> StepResult | None:
         if plan.step + 1 == 5:
             raise OverflowError("a sum is too large")
-        return take(parts, plan, stopped)
+        return take(parts, plan, *rest)
 
     with monkeypatch.context() as patch:
         patch.setattr(loop, "train_step", overflow_in_step_5)
