@@ -18,20 +18,30 @@ class Stop:
         return self.reason is not None
 
     def among(self, world: World) -> bool:
-        """True on all ranks once one of them was asked to stop; its reason is then everybody's."""
-        if world.agree(self()):
-            self.reason = next(reason for reason in world.gather(self.reason) if reason is not None)
-        return self()
+        """True on all ranks once one of them was asked to stop; its reason is then everybody's.
+
+        A signal that comes while the ranks ask each other counts the next time: only what all have heard of counts.
+        """
+        if not world.agree(self()):
+            return False
+        self.reason = next(reason for reason in world.gather(self.reason) if reason is not None)
+        return True
 
 
 @contextmanager
 def on_signals(stop: Stop) -> Iterator[None]:
-    """Within the block SIGINT and SIGTERM set `stop.reason`; the old handlers are put back after it."""
+    """Within the block SIGINT and SIGTERM set `stop.reason`; the old handlers are put back after it.
+
+    Only the second that reaches this process can be a Ctrl-C that ends at once: of the first, others may have told it.
+    """
+    asked = False
 
     def note(number: int, frame: FrameType | None) -> None:
-        if stop() and number == signal.SIGINT:
+        nonlocal asked
+        if asked and number == signal.SIGINT:
             raise KeyboardInterrupt
-        stop.reason = signal.Signals(number).name
+        asked = True
+        stop.reason = stop.reason or signal.Signals(number).name
 
     old = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
