@@ -120,11 +120,11 @@ def test_what_one_rank_owns_is_watched_while_it_rests(reduction: str, processes:
     """With experts shared out, in bf16: also weights, which every rank knows of its own."""
     mesh = Mesh(data=4, expert=2, owners=4)
     flips = [
-        Flip(rank=0, kind="optimizer/momentum/", part="experts.w2"),
+        Flip(rank=0, kind="optimizer/momentum/", part=".experts.w2"),
         Flip(rank=1, kind="optimizer/momentum/", part="attn"),
         Flip(rank=2, kind="optimizer/exp_avg/", part="embed"),
         Flip(rank=3, kind="optimizer/exp_avg_sq/", part="head"),
-        Flip(rank=3, kind="optimizer/master/", part="experts"),
+        Flip(rank=3, kind="optimizer/master/", part=".experts."),
         Flip(rank=2, kind=DENSE),
         Flip(rank=1, kind=EXPERTS),
         Flip(rank=0, kind=BIAS),
@@ -173,7 +173,7 @@ def trained(processes: BaseContext, config: TrainConfig, one: Flip, stop_at: int
     return codes.pop(), (folder / "0.log").read_text()
 
 
-MOMENTUM = Flip(rank=1, kind="optimizer/momentum/", part="experts", step=5)
+MOMENTUM = Flip(rank=1, kind="optimizer/momentum/", part=".experts.", step=5)
 RUNS = [
     pytest.param(Mesh(data=3, owners=3), Flip(rank=2, kind=DENSE, when="saved", step=4), "rank 2", id="dense-3"),
     pytest.param(Mesh(data=2, expert=2), MOMENTUM, "rank 1", id="momentum-2"),
