@@ -151,12 +151,12 @@ def _sums(
 
 
 def build_model(config: TrainConfig, device: torch.device, world: World = ALONE) -> Transformer:
-    """The model, or the part that this rank holds, with its initial values, on the device."""
+    """The model, or the part that this rank holds, with its initial values, on the device; on `meta` sizes alone."""
     number, share = config.model.n_routed_experts, world.place.expert
     each = number // world.mesh.expert
     held = range(share * each, (share + 1) * each)
-    model = Transformer(config.model, DTYPES[config.precision.dtype], held)
-    initialize(model, config.init, config.seed)
-    model.to(device)
-    model.share_weights()
+    with device:
+        model = Transformer(config.model, DTYPES[config.precision.dtype], held)
+    if device.type != "meta":
+        initialize(model, config.init, config.seed)
     return model

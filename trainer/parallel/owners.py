@@ -194,9 +194,11 @@ class Handout:
 
 
 def _shares(members: Sequence[Member], owners: Sequence[int], group: Group, *, dense: bool) -> Iterator[Share]:
-    for owner in range(group.size):
-        mine = [member for member, of in zip(members, owners, strict=True) if of == owner]
-        yield Share(group=group, owner=owner, spans=tuple(zero.spans(mine)), dense=dense)
+    by_owner: list[list[Member]] = [[] for _ in group.ranks]
+    for member, owner in zip(members, owners, strict=True):
+        by_owner[owner].append(member)
+    for owner, own in enumerate(by_owner):
+        yield Share(group=group, owner=owner, spans=tuple(zero.spans(own)), dense=dense)
 
 
 def _wait(works: Sequence[Any]) -> None:
