@@ -49,8 +49,8 @@ def frozen_and_scaled() -> Case:
     return short(optim=OptimConfig(freeze=("router", "norms"), rate_scale={"experts": 0.5, "embedding": 2.0}))
 
 
-def clipped(norm: float) -> Case:
-    return short(optim=OptimConfig(clip_norm=norm))
+def clipped() -> Case:
+    return short(optim=OptimConfig(clip_norm=1e-2))
 
 
 def few_experts() -> Case:
@@ -89,7 +89,7 @@ def test_one_process_sees_every_term_and_moves_every_tensor(alone: Alone) -> Non
 
 @pytest.mark.parametrize(
     ("case", "mesh"),
-    [(FP32, DATA_2), (FP32, DATA_3), (FP32, BOTH), (BF16, EXPERT_2), (BF16, BOTH_2_OWNERS), (FP64, EXPERT_2)],
+    [(FP32, EXPERT_2), (FP32, DATA_3), (BF16, BOTH_2_OWNERS), pytest.param(FP64, BOTH, marks=pytest.mark.slow)],
     ids=ids,
 )
 def test_ten_steps(case: Case, mesh: Mesh, processes: BaseContext, alone: Alone, tmp_path: Path) -> None:
@@ -113,8 +113,7 @@ VARIANTS = {
     "no MTP": (no_mtp(), EXPERT_2),
     "all hashed": (all_hashed(), EXPERT_2),
     "frozen and scaled": (frozen_and_scaled(), BOTH_2_OWNERS),
-    "never clipped": (clipped(1e6), EXPERT_2),
-    "always clipped": (clipped(1e-2), DATA_3),
+    "always clipped": (clipped(), DATA_3),
     "one expert for a token": (few_experts(), EXPERT_4),
     "one row": (replace(FP32, rows=(1, 1, 1)), BOTH),
 }

@@ -41,11 +41,11 @@ def test_four_then_one_then_two_then_three_ranks(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("first", range(len(LONGER)))
+@pytest.mark.parametrize("first", range(0, len(LONGER), 2))
 def test_another_layout_after_every_step(
     first: int, processes: BaseContext, corpus: Path, run_alone: RunFolder, tmp_path: Path
 ) -> None:
-    """Every layout begins once; so each step is taken by each, after a checkpoint of each of its neighbours."""
+    """Each chain begins with another layout, so that a step is taken by another in each."""
     meshes = list(islice(cycle(LONGER), first, first + tiny.STEPS))
     go_on(processes, corpus, tmp_path / "runs", meshes, [*range(1, tiny.STEPS), EVER])
     tiny.assert_same_run(tiny.only_run(tmp_path / "runs"), run_alone)
@@ -53,11 +53,10 @@ def test_another_layout_after_every_step(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stop", range(tiny.STEPS))
-@pytest.mark.parametrize("meshes", [(FOUR, THREE), (ONE, FOUR), (THREE, ONE)], ids=["4-3", "1-4", "3-1"])
 def test_stopped_at_any_step(
-    meshes: Sequence[Mesh], stop: int, processes: BaseContext, corpus: Path, run_alone: RunFolder, tmp_path: Path
+    stop: int, processes: BaseContext, corpus: Path, run_alone: RunFolder, tmp_path: Path
 ) -> None:
-    go_on(processes, corpus, tmp_path / "runs", meshes, [stop, EVER])
+    go_on(processes, corpus, tmp_path / "runs", [(FOUR, THREE), (ONE, FOUR), (THREE, ONE)][stop % 3], [stop, EVER])
     tiny.assert_same_run(tiny.only_run(tmp_path / "runs"), run_alone)
 
 
