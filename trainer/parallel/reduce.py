@@ -102,15 +102,15 @@ class ExactSum:
         ranks: the rows of it whose accumulators are added, where not all. Raises OverflowError, on all processes, if a
         sum could overflow.
         """
-        largest_P = bounds_RP2[:, :, 0].sum(0).tolist()
+        largest_P, centred_P = bounds_RP2[:, :, 0].sum(0).tolist(), bounds_RP2[:, :, 1].sum(0).tolist()
         for number, (name, largest) in enumerate(zip(self._sums, largest_P, strict=True)):
             if largest >= LIMIT:
                 raise OverflowError(
                     f"gradient {name} = {largest:g}: expected elements whose sum stays below {LIMIT:g} (exact sums)"
                 )
-            added = list(ranks.get(name, range(len(bounds_RP2))))
+            added = ranks.get(name)
             self._largest[name] = largest
-            self._centred[name] = int(bounds_RP2[added, number, 1].sum())
+            self._centred[name] = int(centred_P[number] if added is None else bounds_RP2[list(added), number, 1].sum())
 
     def is_touched(self, name: str) -> bool:
         """False where every leaf so far was zero, or there was none."""
