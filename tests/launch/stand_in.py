@@ -35,6 +35,8 @@ def main(folder: Path, acts: str, *exceptions: str) -> None:
             time.sleep(float(value))
         elif name == "wait":
             wait_for(folder / value)
+        elif name == "read":
+            assert sys.stdin.read() == ""
         elif name == "kill":
             os.kill(os.getpid(), signal.Signals[value])
         elif name == "exit":

@@ -3,7 +3,6 @@
 Whose words are shown, exit codes, signals, what a rank finds in its environment. The ranks are programs without torch.
 """
 
-import json
 import os
 import re
 import signal
@@ -11,75 +10,13 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from launch import local
-
-ROOT = Path(__file__).resolve().parents[2]
-STAND_IN = [sys.executable, "-S", str(Path(__file__).with_name("stand_in.py"))]
-PATIENCE_S = 60
-SUPERVISE = """
-import sys
-from launch import local
-local.SETTLE_S, local.GRACE_S = float(sys.argv[1]), float(sys.argv[2])
-code = local.run(sys.argv[4:], int(sys.argv[3]))
-assert not {"torch", "numpy"} & set(sys.modules), "the supervisor is to be small"
-sys.exit(code)
-"""
-Keel = Callable[..., subprocess.Popen[str]]
-
-
-class Case:
-    """A folder, what the ranks noted there, and the supervisors started in it."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.started: list[subprocess.Popen[str]] = []
-        (folder / "temporary").mkdir()
-
-    def start(self, size: int, *acts: str, settle_s: float = 0.5, grace_s: float = 0.5) -> subprocess.Popen[str]:
-        """A supervisor of stand-ins, at the head of a session of its own as a terminal's."""
-        words = [SUPERVISE, str(settle_s), str(grace_s), str(size), *STAND_IN, str(self.folder), *acts]
-        environment = {**os.environ, "PYTHONPATH": str(ROOT), "TMPDIR": str(self.folder / "temporary")}
-        process = subprocess.Popen(
-            [sys.executable, "-c", *words],
-            cwd=self.folder,
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            start_new_session=True,
-        )
-        self.started.append(process)
-        return process
-
-    def run(self, size: int, *acts: str, **times: float) -> tuple[int, str, str]:
-        """Exit code and what was written."""
-        process = self.start(size, *acts, **times)
-        out, err = process.communicate(timeout=PATIENCE_S)
-        return process.returncode, out, err
-
-    def facts(self, size: int) -> list[dict]:
-        """What each rank noted, once all have."""
-        files = [self.folder / f"rank-{rank}.json" for rank in range(size)]
-        wait_until(lambda: all(file.exists() for file in files))
-        return [json.loads(file.read_text()) for file in files]
-
-    def signals(self, rank: int) -> list[str]:
-        file = self.folder / f"rank-{rank}.signals"
-        return file.read_text().split() if file.exists() else []
-
-    def kept(self) -> list[str]:
-        """What lies in the temporary folder."""
-        return sorted(path.name for path in (self.folder / "temporary").rglob("*") if path.is_file())
-
-    def processes(self) -> list[int]:
-        """Those that the ranks noted and that are still there."""
-        noted = [json.loads(file.read_text()) for file in self.folder.glob("rank-*.json")]
-        return [number for one in noted for number in (one["pid"], one.get("helper", 0)) if number and is_there(number)]
+from tests.launch.supervised import PATIENCE_S, ROOT, Case, state, wait_until
 
 
 @pytest.fixture
@@ -92,24 +29,6 @@ def case(tmp_path: Path) -> Iterator[Case]:
         os.kill(number, signal.SIGKILL)
     for process in made.started:
         process.communicate()
-
-
-def wait_until(holds: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + PATIENCE_S
-    while not holds():
-        assert time.monotonic() < deadline, "it does not happen"
-        time.sleep(0.01)
-
-
-def state(process: int) -> str:
-    """As ps shows it: T stopped, Z ended and not yet waited for; "" where there is none."""
-    return subprocess.run(
-        ["ps", "-o", "state=", "-p", str(process)], capture_output=True, text=True, check=False
-    ).stdout.strip()[:1]
-
-
-def is_there(process: int) -> bool:
-    return state(process) not in ("", "Z")
 
 
 def test_every_rank_has_its_place_and_only_the_first_is_heard(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -186,8 +105,8 @@ def test_who_ends_without_a_word_leaves_it_to_who_speaks(case: Case) -> None:
 
 @pytest.mark.parametrize("others", ["err:keel: error: x = 1: expected 2,exit:2", "sleep:600", "ignore,sleep:600"])
 def test_a_user_s_mistake_is_said_once(case: Case, others: str) -> None:
-    complaint = "err:keel: error: x = 1: expected 2"
-    assert case.run(4, others, f"0=sleep:0.1,{complaint},exit:2") == (2, "", "keel: error: x = 1: expected 2\n")
+    first = "0=sleep:0.1,err:keel: error: x = 1: expected 2,exit:2"
+    assert case.run(4, others, first, settle_s=600) == (2, "", "keel: error: x = 1: expected 2\n")
     assert (case.processes(), case.kept()) == ([], [])
 
 
@@ -248,6 +167,29 @@ def test_a_failure_while_stopping_is_a_failure(case: Case) -> None:
     _, err = process.communicate(timeout=PATIENCE_S)
     assert process.returncode == 1
     assert err.startswith("keel: rank 1 ended with 1\n    disk full\n")
+
+
+def test_what_follows_from_stopping_is_no_failure(case: Case) -> None:
+    """The first rank has not begun to train, so it ends at once, and another loses the connection to it."""
+    process = case.start(2, "save:0,sleep:600", "1=ignore,wait:rank-0.signals,sleep:0.5,err:connection lost,exit:1")
+    case.facts(2)
+    process.send_signal(signal.SIGTERM)
+    out, err = process.communicate(timeout=PATIENCE_S)
+    assert (process.returncode, out, err, case.kept()) == (143, "", "", [])
+
+
+def test_a_rank_reads_nothing(case: Case) -> None:
+    """Else a terminal would stop it: it is none of the foreground's."""
+    assert case.run(2, "read") == (0, "", "")
+
+
+def test_a_supervisor_that_fails_leaves_no_rank(case: Case) -> None:
+    before = "local._dying_with_us = lambda: None; local.Ranks.wait = lambda ranks: input() and 1 / 0"
+    process = case.start(2, "ignore,sleep:600", before=before)
+    case.facts(2)
+    _, err = process.communicate("fail\n", timeout=PATIENCE_S)
+    assert "ZeroDivisionError" in err
+    wait_until(lambda: case.processes() == [])
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells children of their parent's death")
