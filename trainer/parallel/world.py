@@ -5,7 +5,7 @@ something go by `gather` or by integers, so that every rank decides alike.
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
@@ -155,7 +155,7 @@ def start(mesh: Mesh, place: Placement, device: torch.device, patience: timedelt
     speech = [_group({everybody}, place.rank, "gloo", patience) for _ in range(2)]
 
     def groups(of: Callable[[int], tuple[int, ...]]) -> Group:
-        return _group(dict.fromkeys(map(of, everybody)), place.rank, None, patience)
+        return _group(_distinct(of, mesh.size), place.rank, None, patience)
 
     return World(
         mesh=mesh,
@@ -168,6 +168,16 @@ def start(mesh: Mesh, place: Placement, device: torch.device, patience: timedelt
         owners=groups(mesh.owner_group),
         same_owners=groups(mesh.same_owner_group),
     )
+
+
+def _distinct(of: Callable[[int], tuple[int, ...]], size: int) -> Iterator[tuple[int, ...]]:
+    """Each group once, by its first rank: asking every rank for its own would take the square of their number."""
+    seen: set[int] = set()
+    for rank in range(size):
+        if rank not in seen:
+            ranks = of(rank)
+            seen.update(ranks)
+            yield ranks
 
 
 def _group(all_ranks: Any, rank: int, backend: str | None, patience: timedelta) -> Group:
