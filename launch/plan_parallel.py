@@ -10,8 +10,8 @@ if TYPE_CHECKING:
 MOST_ROLES = 16
 """Ranks that are listed one by one, and roles that are listed at all."""
 MEMORY_NOTES = (
-    "a row's activations go as its gradients come; the update comes after the rows; total: held and the larger of both",
-    "of one row at a time, as the plain functions keep them, its experts' load even; threads=N have N rows at a time",
+    "row: the most at a time, while activations go and gradients come (plain functions, even loads; N rows at a time with",
+    "threads=N); update: reduced gradients and copies, after the rows; total: the first six, and the larger of row, update",
 )
 TRAFFIC_NOTES = (
     "mean over the ranks, each byte passed on by a ring or sent pairwise; counts, losses and norms are a few KB more",
@@ -111,7 +111,7 @@ def activations(layout: "Layout") -> list[Row]:
         if any(values):
             lines.append((part.replace("_", " "), *(f"{value / size:.3f}" for value in values)))
     lines.append(("total", *(f"{sum(parts.values()) / size:.3f}" for parts in stages)))
-    return lines
+    return [*lines, ("most of a row at a time", *(f"{row.most / size:.3f}" for row in layout.rows))]
 
 
 def traffic(layout: "Layout") -> list[Row]:
@@ -142,6 +142,7 @@ def as_json(layout: "Layout") -> dict[str, Any]:
         },
         "roles": [_role_json(role) for role in layout.roles],
         "activations_bytes": list(layout.activations),
+        "rows_bytes": [asdict(row) for row in layout.rows],
         "dearest_stage": layout.dearest + 1,
         "traffic": [[asdict(one) for one in stage] for stage in layout.traffic],
     }

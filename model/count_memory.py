@@ -15,6 +15,11 @@ FP32_BYTES = 4
 INDEX_BYTES = 8
 """Positions, slots and experts are int64."""
 MASK_BYTES = 1
+PARTS = (
+    "places", "streams", "attention", "compressor", "indexer", "router", "experts", "shared_experts", "loss",
+)  # fmt: skip
+LOGIT_ROWS = 1024
+"""`model.losses.CHUNK`: tokens whose logits exist at a time."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -40,6 +45,19 @@ class _Row:
     width: _Widths
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Phase:
+    """A part of a row's backward pass. kept: bytes that it lets go of, by part. again: bytes computed again for it.
+
+    working: bytes that it makes where it makes most. trains: prefixes of the parameters whose gradients it leaves.
+    """
+
+    trains: tuple[str, ...]
+    kept: Counter[str]
+    again: int = 0
+    working: int = 0
+
+
 def kept_bytes(
     config: ModelConfig, row_length: int, mode: AttentionMode, recompute: Collection[str], element_bytes: int
 ) -> dict[str, int]:
@@ -48,55 +66,106 @@ def kept_bytes(
     recompute: as in TrainConfig. element_bytes: of the model's type. Not counted: parameters and the row's own ids. In
     the indexer's warm-up all else is frozen and keeps nothing. loss: gradients of both heads, made with the logits.
     """
+    kept = Counter[str]()
+    for phase in phases(config, row_length, mode, recompute, element_bytes):
+        kept += phase.kept
+    return {part: kept[part] for part in PARTS if part in kept}
+
+
+def phases(
+    config: ModelConfig, row_length: int, mode: AttentionMode, recompute: Collection[str], element_bytes: int
+) -> list[Phase]:
+    """The backward pass of a row in order: losses, MTP branch, last collapse, layers from the last one, places."""
     width = _Widths(model=element_bytes, island=max(element_bytes, FP32_BYTES))
     row = _Row(config=config, T=row_length, mode=mode, again=frozenset(recompute), width=width)
     if mode == "indexer_warmup":
-        return dict(_warmup(row))
-    kept = _places(row, frozenset(config.attention_ratios))
-    for layer, ratio in enumerate(config.attention_ratios):
-        kept += _layer(row, ratio, hashed=layer < config.num_hash_layers, whole="block" in row.again)
+        return [Phase(trains=("",), kept=_warmup(row))]
+    found = [Phase(trains=("head.",), kept=_loss(row), working=_logits(row))]
     branches = config.num_nextn_predict_layers if row_length > 1 else 0
-    kept += _end(row, streams_kept=bool(branches))
     if branches:
-        kept += _mtp(_Row(config=config, T=row_length - 1, mode=mode, again=row.again - {"block"}, width=width))
-    return dict(kept)
+        branch = _Row(config=config, T=row_length - 1, mode=mode, again=row.again - {"block"}, width=width)
+        last = Phase(trains=("mtp.0.head.",), kept=_loss(branch), working=_logits(branch))
+        found = [last, *found, *_mtp(branch)]
+    found.append(Phase(trains=("hc_head_", "norm."), kept=_end(row, streams_kept=bool(branches))))
+    for layer in reversed(range(config.num_hidden_layers)):
+        found += _layer(row, f"layers.{layer}.", config.attention_ratios[layer], hashed=layer < config.num_hash_layers)
+    return [*found, Phase(trains=("embed.",), kept=_places(row, frozenset(config.attention_ratios)))]
 
 
-def again_bytes(
-    config: ModelConfig, row_length: int, mode: AttentionMode, recompute: Collection[str], element_bytes: int
-) -> int:
-    """Bytes that are kept on top while the largest of the recomputed parts goes through its backward pass."""
-    if mode == "indexer_warmup" or not recompute:
-        return 0
-    width = _Widths(model=element_bytes, island=max(element_bytes, FP32_BYTES))
-    once = _Row(config=config, T=row_length, mode=mode, again=frozenset(), width=width)
-    parts = []
-    for layer, ratio in enumerate(config.attention_ratios):
-        hashed = layer < config.num_hash_layers
-        if "block" in recompute:
-            parts.append(_layer(once, ratio, hashed=hashed, whole=False).total())
-        if "attention" in recompute:
-            parts.append(_attention(once, ratio).total())
-        if "experts" in recompute:
-            parts.append(_experts(once, hashed=hashed).total())
-    return max(parts)
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Step:
+    """A stretch of a block's backward pass. outside: kept around a part of the block; inside: in it, if it is kept."""
+
+    part: str
+    trains: tuple[str, ...]
+    outside: Counter[str]
+    inside: Counter[str]
+    working: int
 
 
-def _layer(row: _Row, ratio: int, *, hashed: bool, whole: bool) -> Counter[str]:
-    """One block from its streams on; whole: all of it is computed again, and only these are kept, and its loads."""
-    D, N, width = row.config.hidden_size, row.config.hc_mult, row.width
-    streams = row.T * N * D * width.model
-    kept = Counter(streams=streams, router=row.config.n_routed_experts * INDEX_BYTES)
-    if whole:
-        return kept
-    # Each of two sites: its streams; product and inverse RMS, post and comb; u, its norm's inverse, h; the output y.
+def _layer(row: _Row, name: str, ratio: int, *, hashed: bool) -> list[Phase]:
+    """One block from its end; all of it computed again, it keeps its streams, and its loads, until it is done."""
+    steps = _steps(row, name, ratio, hashed=hashed)
+    streams = Counter(streams=row.T * row.config.hc_mult * row.config.hidden_size * row.width.model)
+    loads = Counter(router=row.config.n_routed_experts * INDEX_BYTES)
+    found = []
+    for number, step in enumerate(steps):
+        if "block" in row.again:
+            again = sum(later.outside.total() + later.inside.total() for later in steps[number:])
+            kept, again = Counter[str](), again - streams.total()
+        elif step.part in row.again:
+            kept = step.outside
+            again = sum(later.inside.total() for later in steps[number:] if later.part == step.part)
+        else:
+            kept, again = step.outside + step.inside, 0
+        if step is steps[-1]:
+            kept = kept + loads + (streams if "block" in row.again else Counter())
+        found.append(Phase(trains=step.trains, kept=kept, again=again, working=step.working))
+    return found
+
+
+def _steps(row: _Row, name: str, ratio: int, *, hashed: bool) -> tuple[_Step, _Step, _Step]:
+    """Down to the experts' inner numbers, up to the site between, attention with the site before.
+
+    A site keeps its streams; product and inverse RMS, post and comb; u, its norm's inverse, h; apart: the output y.
+    Working: gradients of streams and h; of SwiGLU nine tensors in at least fp32, copies, and its own gradient.
+    """
+    config, width, T = row.config, row.width, row.T
+    D, N, F = config.hidden_size, config.hc_mult, config.moe_intermediate_size
+    y = T * D * width.model
     mixes = ((2 + N) * N + 1 + N + N * N) * width.island
-    kept["streams"] += streams + 2 * row.T * (mixes + 3 * D * width.model + width.island)
-    if "attention" not in row.again:
-        kept += _attention(row, ratio)
-    if "experts" not in row.again:
-        kept += _experts(row, hashed=hashed)
-    return kept
+    site = N * y + T * (mixes + width.island) + 2 * y
+    inner = T * config.num_experts_per_tok * F
+    experts, down = _experts(row, hashed=hashed), Counter(shared_experts=3 * T * F * width.model)
+    down["experts"] = inner * width.model
+    flow = 2 * (N + 1) * y
+    swiglu = inner * (8 * width.island + 3 * width.copy + width.model + MASK_BYTES)
+    ffn, attn = f"{name}ffn.", f"{name}attn"
+    after = (f"{ffn}experts.w1", f"{ffn}experts.w3", f"{ffn}gate.", f"{name}ffn_norm.", f"{name}hc_ffn_")
+    before = (f"{attn}.", f"{attn}_norm.", f"{name}hc_attn_")
+    return (
+        _Step(
+            part="experts",
+            trains=(f"{ffn}shared_experts.", f"{ffn}experts.w2"),
+            outside=Counter(streams=y),
+            inside=down,
+            working=flow,
+        ),
+        _Step(
+            part="experts",
+            trains=after,
+            outside=Counter(streams=site),
+            inside=experts - down,
+            working=flow + swiglu,
+        ),
+        _Step(
+            part="attention",
+            trains=before,
+            outside=Counter(streams=site + y),
+            inside=_attention(row, ratio),
+            working=flow,
+        ),
+    )
 
 
 def _attention(row: _Row, ratio: int) -> Counter[str]:
@@ -151,25 +220,41 @@ def _experts(row: _Row, *, hashed: bool) -> Counter[str]:
     return Counter(router=router, experts=pairs, shared_experts=3 * T * F * width.model)
 
 
-def _end(row: _Row, *, streams_kept: bool) -> Counter[str]:
-    """The last collapse and norm, and the loss behind the head.
+def _loss(row: _Row) -> Counter[str]:
+    """Gradients behind a head, of its input and of itself, made in the forward pass."""
+    config = row.config
+    return Counter(loss=(row.T + config.vocab_size) * config.hidden_size * row.width.model)
 
-    streams_kept: the last streams are kept by another part too; else only their promoted copies are.
-    """
+
+def _logits(row: _Row) -> int:
+    """What the last loss makes on top of what it keeps: promoted weight, its gradient, logits and probabilities."""
+    config, width = row.config, row.width
+    weight = config.vocab_size * config.hidden_size * (width.copy + width.island)
+    logits = 2 * min(row.T, LOGIT_ROWS) * config.vocab_size * width.island
+    return max(0, weight + logits - _loss(row).total())
+
+
+def _end(row: _Row, *, streams_kept: bool) -> Counter[str]:
+    """The last collapse and norm. streams_kept: another part keeps the last streams; else their copies may do."""
     D, N, width = row.config.hidden_size, row.config.hc_mult, row.width
     own = N * D * width.model if streams_kept or not width.copy else 0
     mixes = (4 * N + 1) * width.island
-    streams = row.T * (own + 2 * N * D * width.copy + mixes + 2 * D * width.model + width.island)
-    return Counter(streams=streams, loss=(row.T + row.config.vocab_size) * D * width.model)
+    return Counter(streams=row.T * (own + 2 * N * D * width.copy + mixes + 2 * D * width.model + width.island))
 
 
-def _mtp(row: _Row) -> Counter[str]:
-    """The MTP branch: embedding and streams with their norms, a block of window attention, its own end."""
+def _mtp(row: _Row) -> list[Phase]:
+    """The MTP branch: its end, a block of window attention, embedding and streams with their norms."""
     D, N, width = row.config.hidden_size, row.config.hc_mult, row.width
     inputs = (2 * D + N * D) * width.model + (1 + N) * width.island + INDEX_BYTES
-    kept = Counter(streams=row.T * inputs)
-    kept += _places(row, frozenset({0}))
-    return kept + _layer(row, 0, hashed=False, whole=False) + _end(row, streams_kept=False)
+    name = "mtp.0."
+    return [
+        Phase(trains=(f"{name}hc_head_", f"{name}norm."), kept=_end(row, streams_kept=False)),
+        *_layer(row, name, 0, hashed=False),
+        Phase(
+            trains=tuple(f"{name}{part}." for part in ("embed", "e_proj", "h_proj", "enorm", "hnorm")),
+            kept=Counter(streams=row.T * inputs) + _places(row, frozenset({0})),
+        ),
+    ]
 
 
 def _places(row: _Row, ratios: frozenset[int]) -> Counter[str]:

@@ -6,17 +6,17 @@ update really take.
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 
-from model.config import ModelConfig
-from model.count_memory import again_bytes, kept_bytes
+from model.config import AttentionMode, ModelConfig
+from model.count_memory import kept_bytes, phases
 from model.inventory import TensorSpec, released_tensors
-from model.logical import parameter_shapes
+from model.logical import locate, parameter_shapes
 from optim.groups import Member
 from optim.iterations import BATCH_ELEMENTS
 from optim.zero import shape_of
-from trainer.config import Precision, TrainConfig
+from trainer.config import Precision, Recomputed, TrainConfig
 from trainer.schedule import StepPlan
 
 DTYPE_BYTES: dict[Precision, int] = {"fp64": 8, "fp32": 4, "bf16": 2}
@@ -35,8 +35,9 @@ class Memory:
     Held throughout: weights, parameters in the run's type (islands at least fp32), router biases and hash tables;
     masters, fp32 copies of own parameters of lower precision; momentum, Muon's, of own matrices; moments, AdamW's two,
     of what else is owned; sums, accumulators of all gradients that are made here; buffers, gradients on their way (fast
-    path). A row: activations, what its forward pass keeps and what is computed again at a time; gradients, those that
-    wait for the end of its backward pass. update: the reduced gradients and the optimizer's temporary copies.
+    path). Of a row: activations, what its forward pass keeps; gradients, those that wait for the end of its backward
+    pass; row, the most of all that at a time, working memory included. update: the reduced gradients and the
+    optimizer's temporary copies.
     """
 
     weights: int
@@ -47,6 +48,7 @@ class Memory:
     buffers: int
     activations: int
     gradients: int
+    row: int
     update: int
 
     @property
@@ -56,8 +58,8 @@ class Memory:
 
     @property
     def total(self) -> int:
-        """An upper bound: a row's activations go as its gradients come; the update follows the rows."""
-        return self.held + max(self.activations + self.gradients, self.update)
+        """What is held and, as the update follows the rows, the larger of the two."""
+        return self.held + max(self.row, self.update)
 
     def parts(self) -> dict[str, int]:
         """By name, in order."""
@@ -68,11 +70,12 @@ class Memory:
 class Tensors:
     """A model's tensors as this file counts them.
 
-    shapes: of whole parameters. islands: names of those. dense: elements outside the experts. expert: shape of an
+    shapes, groups: of whole parameters. islands: their names. dense: elements outside the experts. expert: shape of an
     expert's matrix (another has it transposed). matrices: of one expert in all layers. buffers: bytes without gradient.
     """
 
     shapes: dict[str, tuple[int, ...]]
+    groups: dict[str, str]
     islands: frozenset[str]
     dense: Elements
     expert: tuple[int, int]
@@ -94,6 +97,7 @@ def tensors(config: ModelConfig, element_bytes: int) -> Tensors:
             dense[spec.kind, spec.is_island] += spec.size
     return Tensors(
         shapes=parameter_shapes(config),
+        groups={locate(spec.name).parameter: spec.group for spec in specs},
         islands=frozenset(spec.name for spec in specs if spec.is_island),
         dense=dense,
         expert=(config.moe_intermediate_size, config.hidden_size),
@@ -108,17 +112,35 @@ def _buffer_bytes(spec: TensorSpec, element_bytes: int) -> int:
     return spec.size * (INT64_BYTES if spec.stored == "I64" else max(element_bytes, FP32_BYTES))
 
 
+def is_trained(group: str, mode: AttentionMode) -> bool:
+    """True where a step in this mode trains a group of parameters, as `trainer.step.frozen_groups` has it."""
+    return mode == "sparse" or (group == "indexer") == (mode == "indexer_warmup")
+
+
 def activations(config: TrainConfig, step: StepPlan) -> dict[str, int]:
-    """Bytes kept of a row of this step by part, and what recomputation brings back at a time.
+    """Bytes kept of a row of this step by part.
 
     With expert parallelism as many token-expert pairs arrive as are sent, if the load is even.
     """
-    given = (config.model, step.row_length, step.attention, config.recompute, DTYPE_BYTES[config.precision.dtype])
-    return kept_bytes(*given) | {"computed_again": again_bytes(*given)}
+    return kept_bytes(*_pass(config, step))
 
 
-def memory(config: TrainConfig, model: Tensors, owned: Sequence[Member], experts: int, kept: int) -> Memory:
-    """Of a rank that owns these dense members and so many experts' matrices; kept: bytes of a row's activations."""
+def _pass(config: TrainConfig, step: StepPlan) -> tuple[ModelConfig, int, AttentionMode, tuple[Recomputed, ...], int]:
+    width = DTYPE_BYTES[config.precision.dtype]
+    return config.model, step.row_length, step.attention, config.recompute, width
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RowMemory:
+    """Of one row, the same on every rank; see `Memory`. most: its `row`."""
+
+    activations: int
+    gradients: int
+    most: int
+
+
+def memory(config: TrainConfig, model: Tensors, owned: Sequence[Member], experts: int, row: RowMemory) -> Memory:
+    """Of a rank that owns these dense members and so many experts' matrices, with rows that take so much."""
     mesh, width = config.parallel.mesh, DTYPE_BYTES[config.precision.dtype]
     state, exact = max(width, FP32_BYTES), config.parallel.reduction == "exact"
     here = model.dense + Elements({("matrix", False): _held(config, model)})
@@ -132,10 +154,48 @@ def memory(config: TrainConfig, model: Tensors, owned: Sequence[Member], experts
         moments=2 * (own.total() - matrices) * state,
         sums=here.total() * (INT64_BYTES if exact else state),
         buffers=0 if exact or mesh.size == 1 else _on_their_way(config, model, owned, experts),
-        activations=kept,
-        gradients=_row_gradients(config, model, width) if exact else _largest_leaf(config, model, width),
+        activations=row.activations,
+        gradients=row.gradients,
+        row=row.most,
         update=_update(model, owned, experts, own, state),
     )
+
+
+def _leaves(config: TrainConfig, model: Tensors, step: StepPlan) -> Iterator[tuple[str, int]]:
+    """Bytes of each gradient that a row leaves here, one for each use of a shared weight.
+
+    Experts' are of every row of the expert group on the exact path, of all of them together on the fast one.
+    """
+    mesh, width = config.parallel.mesh, DTYPE_BYTES[config.precision.dtype]
+    rows = mesh.expert if config.parallel.reduction == "exact" else 1
+    for name, shape in model.shapes.items():
+        if not is_trained(model.groups[name], step.attention):
+            continue
+        held = max(width, FP32_BYTES) if name in model.islands else width
+        if model.groups[name] == "experts":
+            yield name, rows * math.prod(shape) // mesh.expert * held
+            continue
+        yield name, math.prod(shape) * held
+        if name in ("embed.weight", "head.weight") and config.model.num_nextn_predict_layers:
+            yield f"mtp.0.{name}", math.prod(shape) * held
+
+
+def row_memory(config: TrainConfig, model: Tensors, step: StepPlan) -> RowMemory:
+    """Of a row of this step: phase by phase its activations go and its gradients come.
+
+    On the fast path a gradient goes into its sum as it comes.
+    """
+    exact = config.parallel.reduction == "exact"
+    order, leaves = phases(*_pass(config, step)), dict(_leaves(config, model, step))
+    kept = left = sum(phase.kept.total() for phase in order)
+    come = most = 0
+    for phase in order:
+        found = [size for name, size in leaves.items() if name.startswith(phase.trains)]
+        passing = 0 if exact else max(found, default=0)
+        most = max(most, left + come + phase.again + phase.working + passing)
+        left, come = left - phase.kept.total(), come + (sum(found) if exact else 0)
+    gradients = sum(leaves.values()) if exact else max(leaves.values())
+    return RowMemory(activations=kept, gradients=gradients, most=max(most, come))
 
 
 def _held(config: TrainConfig, model: Tensors) -> int:
@@ -153,20 +213,6 @@ def _elements(model: Tensors, members: Sequence[Member]) -> Elements:
 def _bytes(elements: Elements, width: int) -> int:
     """In the model's type, islands in at least fp32."""
     return sum(size * (max(width, FP32_BYTES) if island else width) for (_, island), size in elements.items())
-
-
-def _row_gradients(config: TrainConfig, model: Tensors, width: int) -> int:
-    """Exact path: every parameter's, of each use of a shared one; experts' of every row of the expert group."""
-    tables = sum(size for (kind, _), size in model.dense.items() if kind == "table")
-    second = config.model.num_nextn_predict_layers * tables * width
-    return _bytes(model.dense, width) + second + config.parallel.expert * _held(config, model) * width
-
-
-def _largest_leaf(config: TrainConfig, model: Tensors, width: int) -> int:
-    """Fast path: a gradient goes into its sum when it is there, so that one exists at a time."""
-    stacked = _held(config, model) // model.matrices * width
-    sizes = ((name, math.prod(shape)) for name, shape in model.shapes.items() if len(shape) < 3)
-    return max(stacked, *(size * (max(width, FP32_BYTES) if name in model.islands else width) for name, size in sizes))
 
 
 def _on_their_way(config: TrainConfig, model: Tensors, owned: Sequence[Member], experts: int) -> int:

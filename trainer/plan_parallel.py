@@ -15,7 +15,7 @@ from trainer import plan_memory, plan_traffic
 from trainer.config import TrainConfig
 from trainer.members import members
 from trainer.parallel.mesh import Mesh
-from trainer.plan_memory import Memory, Tensors
+from trainer.plan_memory import Memory, RowMemory, Tensors
 from trainer.plan_traffic import Collective, Shares
 from trainer.schedule import StepPlan
 
@@ -38,8 +38,8 @@ class Role:
 class Layout:
     """A run's ranks. experts_held: of each layer on a rank. roles: by first rank.
 
-    flop, state: of the dense members over their owners. activations: of a row, by stage and part. dearest: the stage
-    whose rows keep the most. traffic: by stage, of its last step.
+    flop, state: of the dense members over their owners. activations: of a row, by stage and part. rows: what a row
+    takes, by stage. dearest: the stage whose rows take the most. traffic: by stage, of its last step.
     """
 
     mesh: Mesh
@@ -48,6 +48,7 @@ class Layout:
     flop: Balance
     state: Balance
     activations: tuple[dict[str, int], ...]
+    rows: tuple[RowMemory, ...]
     dearest: int
     traffic: tuple[tuple[Collective, ...], ...]
 
@@ -78,18 +79,19 @@ def layout(config: TrainConfig, steps: Sequence[StepPlan]) -> Layout:
         dense=_shared_out(dense, zero.assign_dense(dense, model.shapes, mesh.owners), mesh.owners),
         experts=_shared_out(stacked, zero.assign_experts(stacked, mesh.data // mesh.expert), mesh.data // mesh.expert),
     )
-    kept = [plan_memory.activations(config, step) for step in steps]
-    totals = [sum(parts.values()) for parts in kept]
+    rows = tuple(plan_memory.row_memory(config, model, step) for step in steps)
+    dearest = max(range(len(rows)), key=lambda stage: rows[stage].most)
     flop = [[zero.update_flop(one, model.shapes) for one in own] for own in shares.dense]
     state = [[zero.state_bytes(one, model.shapes) for one in own] for own in shares.dense]
     return Layout(
         mesh=mesh,
         experts_held=held,
-        roles=tuple(_roles(config, model, shares, max(totals))),
+        roles=tuple(_roles(config, model, shares, rows[dearest])),
         flop=_balance(flop),
         state=_balance(state),
-        activations=tuple(kept),
-        dearest=totals.index(max(totals)),
+        activations=tuple(plan_memory.activations(config, step) for step in steps),
+        rows=rows,
+        dearest=dearest,
         traffic=tuple(plan_traffic.traffic(config, step, model, shares) for step in steps),
     )
 
@@ -105,7 +107,7 @@ def _balance(by_owner: Sequence[Sequence[int]]) -> Balance:
     return zero.balance([sum(own) for own in by_owner], max(size for own in by_owner for size in own))
 
 
-def _roles(config: TrainConfig, model: Tensors, shares: Shares, kept: int) -> list[Role]:
+def _roles(config: TrainConfig, model: Tensors, shares: Shares, row: RowMemory) -> list[Role]:
     mesh = config.parallel.mesh
     ranks: dict[tuple[int, int], list[int]] = {}
     for place in mesh.places():
@@ -118,7 +120,7 @@ def _roles(config: TrainConfig, model: Tensors, shares: Shares, kept: int) -> li
             owner=owner,
             experts=experts,
             load=_load([*shares.dense[owner], *examples[experts]], model),
-            memory=plan_memory.memory(config, model, shares.dense[owner], experts, kept),
+            memory=plan_memory.memory(config, model, shares.dense[owner], experts, row),
         )
         for (owner, experts), found in ranks.items()
     ]

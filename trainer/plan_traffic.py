@@ -8,11 +8,10 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from model.config import AttentionMode
 from optim import zero
 from optim.groups import Member
 from trainer.config import TrainConfig
-from trainer.plan_memory import DTYPE_BYTES, FP32_BYTES, FP64_BYTES, INT64_BYTES, Tensors
+from trainer.plan_memory import DTYPE_BYTES, FP32_BYTES, FP64_BYTES, INT64_BYTES, Tensors, is_trained
 from trainer.schedule import StepPlan
 
 SENT = {"all_to_all": 1, "reduce": 1, "broadcast": 1, "all_reduce": 2}
@@ -41,11 +40,6 @@ class Shares:
 
     dense: tuple[tuple[Member, ...], ...]
     experts: tuple[tuple[Member, ...], ...]
-
-
-def is_trained(group: str, mode: AttentionMode) -> bool:
-    """True where a step in this mode trains a group of parameters, as `trainer.step.frozen_groups` has it."""
-    return mode == "sparse" or (group == "indexer") == (mode == "indexer_warmup")
 
 
 def traffic(config: TrainConfig, step: StepPlan, model: Tensors, shares: Shares) -> tuple[Collective, ...]:

@@ -20,8 +20,9 @@ from trainer import plan_traffic
 from trainer.parallel.fast import FastSum
 from trainer.parallel.mesh import Mesh
 from trainer.parallel.world import World, start
+from trainer.plan_memory import is_trained
 from trainer.plan_parallel import layout
-from trainer.plan_traffic import Collective, is_trained
+from trainer.plan_traffic import Collective
 from trainer.step import frozen_groups
 
 ROWS = (4, 3, 5)

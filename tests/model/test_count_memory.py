@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from data.batch import Batch
-from model import count_memory
+from model import count_memory, losses
 from model.config import AttentionMode, InitConfig, ModelConfig
-from model.count_memory import again_bytes, kept_bytes
+from model.count_memory import kept_bytes, phases
 from model.init import initialize
 from model.logical import logical_tensors
 from model.transformer import Transformer
@@ -137,17 +137,27 @@ def test_other_lengths_and_models(config: ModelConfig, mode: AttentionMode) -> N
     check(config, 64, mode, (), torch.float64)
 
 
-def test_what_is_computed_again_is_what_recomputation_saves() -> None:
-    """Of the dearest layer: all that the row would keep of it, but for its streams, which are kept in any case."""
-    length, size = 64, BYTES[torch.bfloat16]
-    for part in ("attention", "experts"):
-        whole, less = (sum(kept_bytes(MODEL, length, "sparse", again, size).values()) for again in ((), (part,)))
-        largest = again_bytes(MODEL, length, "sparse", (part,), size)
-        assert (whole - less) / 6 <= largest < whole - less
-    assert again_bytes(MODEL, length, "sparse", ("block", "experts"), size) == again_bytes(
-        MODEL, length, "sparse", ("block",), size
-    )
-    assert again_bytes(MODEL, length, "sparse", (), size) == 0
+def test_phases_take_every_parameter_once() -> None:
+    for config in (MODEL, WITHOUT_MTP):
+        names = [name for name, _ in Transformer(config).named_parameters()]
+        found = phases(config, 64, "sparse", (), 2)
+        for name in names:
+            assert sum(name.startswith(phase.trains) for phase in found) == 1, name
+
+
+@pytest.mark.parametrize("recompute", RECOMPUTED[1:], ids="+".join)
+def test_what_was_not_kept_is_there_again_when_it_is_needed(recompute: tuple[Recomputed, ...]) -> None:
+    """Phase by phase at least what the phase keeps less, and no more than a block would keep."""
+    whole, less = (phases(MODEL, 64, "sparse", again, 2) for again in ((), recompute))
+    for one, other in zip(whole, less, strict=True):
+        assert (one.trains, one.working) == (other.trains, other.working)
+        assert other.again >= one.kept.total() - other.kept.total()
+        assert other.again < 3 * max(phase.kept.total() for phase in whole)
+    assert sum(phase.again for phase in less) > 0 == sum(phase.again for phase in whole)
+
+
+def test_logits_are_counted_in_the_chunks_that_there_are() -> None:
+    assert count_memory.LOGIT_ROWS == losses.CHUNK
 
 
 MISTAKES = {
