@@ -7,7 +7,7 @@ bits every time; another one has others.
 """
 
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +21,8 @@ from model.transformer import Transformer
 from optim.groups import Span
 from optim.rounding import generator_of, stochastic_bf16
 from trainer.parallel.expert import StandBy, leaves
-from trainer.parallel.owners import Handout, Ownership, Share
+from trainer.parallel.owners import Handout, Ownership
+from trainer.parallel.world import Group
 
 REST = "rest"
 """The bucket of what belongs to no layer: embedding, head, last norm and mixes."""
@@ -69,6 +70,7 @@ class FastSum:
         self._sums = {name: torch.zeros(shape, dtype=dtypes.sums, device=device) for name, shape in shapes.items()}
         self._ownership, self._dtypes, self._seed, self._device = ownership, dtypes, seed, device
         self._order = buckets(shapes)
+        self._shares = [(share, _by_bucket(share.spans)) for share in ownership.shares]
         self._active: frozenset[str] = frozenset()
         self._missing: dict[str, int] = {}
         self._launched: dict[str, list[_Underway]] = {}
@@ -147,24 +149,23 @@ class FastSum:
     def _send(self, bucket: str) -> Iterator[_Underway]:
         """An all-to-all for the dense parameters of a bucket, and one for its experts."""
         for dense in (True, False):
-            shares = [share for share in self._ownership.shares if share.dense == dense]
-            if shares and shares[0].group.size > 1:
-                yield from self._exchange(bucket, shares, dense)
+            shares = [(share, of.get(bucket, ())) for share, of in self._shares if share.dense == dense]
+            if shares and shares[0][0].group.size > 1:
+                of_owner = [[span for span in spans if span.parameter in self._active] for _, spans in shares]
+                yield from self._exchange(bucket, shares[0][0].group, of_owner, dense)
 
-    def _exchange(self, bucket: str, shares: Sequence[Share], dense: bool) -> Iterator[_Underway]:
-        of_owner = [[span for span in share.spans if self._belongs(span, bucket)] for share in shares]
+    def _exchange(
+        self, bucket: str, group: Group, of_owner: Sequence[Sequence[Span]], dense: bool
+    ) -> Iterator[_Underway]:
         flat = [[self._rows(span) for span in spans] for spans in of_owner]
         sizes = [sum(len(rows) for rows in one) for one in flat]
         if not any(sizes):
             return
-        group, mine = shares[0].group, shares[0].group.index
+        mine = group.index
         going = self._rounded(torch.cat([rows for one in flat for rows in one]), bucket, dense)
         came = going.new_empty(sizes[mine] * group.size)
         work = dist.all_to_all_single(came, going, [sizes[mine]] * group.size, sizes, group=group.handle, async_op=True)
         yield _Underway(work=work, came=came, spans=of_owner[mine], shares=group.size, dense=dense)
-
-    def _belongs(self, span: Span, bucket: str) -> bool:
-        return span.parameter in self._active and bucket_of(span.parameter) == bucket
 
     def _rows(self, span: Span) -> Tensor:
         return self._ownership.rows(span, self._sums[span.parameter]).reshape(-1)
@@ -187,6 +188,13 @@ class FastSum:
         parts = total_P.split([shape.numel() for shape in shapes])
         keys = map(self._ownership.key, underway.spans)
         return {key: part.view(shape) for key, part, shape in zip(keys, parts, shapes, strict=True)}
+
+
+def _by_bucket(spans: Iterable[Span]) -> dict[str, list[Span]]:
+    found: dict[str, list[Span]] = {}
+    for span in spans:
+        found.setdefault(bucket_of(span.parameter), []).append(span)
+    return found
 
 
 class EarlyHandout(Handout):
