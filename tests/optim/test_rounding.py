@@ -35,6 +35,13 @@ def test_what_bf16_holds_stays() -> None:
     assert torch.equal(rounded(torch.tensor([0.0, -0.0]), 0).view(torch.int16), torch.tensor([0, -(1 << 15)]).short())
 
 
+def test_what_is_no_number_stays_none() -> None:
+    """Also the NaN of a GPU, all ones, and its negative; else a gradient that is none would be 0 for its owner."""
+    bits = torch.tensor([0x7FFFFFFF, -1, 0x7FC00000, -0x400000, 0x7F800001], dtype=torch.int32)
+    assert bool(rounded(bits.repeat(100).view(torch.float32), 0).isnan().all())
+    assert rounded(torch.tensor([torch.inf, -torch.inf]), 0).tolist() == [torch.inf, -torch.inf]
+
+
 def test_the_mean_is_the_number() -> None:
     """Against nearest rounding, whose mean is off by up to half a unit, however often it is repeated."""
     x, repeats = torch.full((20000,), 1 + 0.3 * 2.0**-7), 20
