@@ -37,7 +37,7 @@ def main(argv: list[str]) -> int:
         raise ValueError("parallel = one process: expected a layout of several, e.g. parallel=cpu4")
     place = from_environment(os.environ, config.parallel) if os.environ.get("RANK") else None
     if place is None:
-        layout = scaled_layout(config.parallel)
+        layout = scaled_layout(config.parallel, config.model.n_routed_experts)
         sizes = {"data": layout.data, "expert": layout.expert, "owners_limit": layout.owners_limit}
         words = [*overrides, *(f"parallel.{key}={size}" for key, size in sizes.items())]
         flags = ["--json"] if given.flags["--json"] else []

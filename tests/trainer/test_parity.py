@@ -57,12 +57,30 @@ def test_a_scaled_configuration_has_the_features_and_the_layout(recipe: str) -> 
     assert all(one.rows % given.parallel.data for one in plans), "in some round a rank has no row"
 
 
-@pytest.mark.parametrize(("data", "expert"), [(2, 2), (4, 2), (256, 64), (3, 3), (6, 2), (10, 5), (1024, 16), (7, 1)])
-def test_a_layout_comes_down_to_one_machine_with_its_axes(data: int, expert: int) -> None:
-    small = scaled_layout(ParallelConfig(data=data, expert=expert))
-    assert small.data <= MOST_RANKS
-    assert data % small.data == expert % small.expert == small.data % small.expert == 0
-    assert small.data > 1 or all(data % size for size in range(2, MOST_RANKS + 1))
+@pytest.mark.parametrize(
+    ("given", "experts", "small"),
+    [
+        ((2, 2), 8, (2, 2)),
+        ((3, 3), 6, (3, 3)),
+        ((6, 2), 8, (2, 2)),
+        ((256, 64), 256, (4, 4)),
+        ((1024, 16), 384, (4, 4)),
+        ((12, 3), 6, (4, 2)),
+        ((10, 5), 10, (2, 2)),
+        ((6, 1), 8, (3, 1)),
+        ((10, 5), 15, (3, 3)),
+        ((7, 1), 8, (4, 1)),
+        ((7, 7), 14, (4, 2)),
+    ],
+)
+def test_a_layout_comes_down_to_one_machine_with_its_axes(
+    given: tuple[int, int], experts: int, small: tuple[int, int]
+) -> None:
+    """Never to one process, which is compared with itself."""
+    data, expert = given
+    found = scaled_layout(ParallelConfig(data=data, expert=expert), experts)
+    assert (found.data, found.expert) == small
+    assert found.data <= MOST_RANKS
 
 
 def test_made_up_rows_are_packed_rows_and_a_function_of_their_number() -> None:
