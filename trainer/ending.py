@@ -52,12 +52,13 @@ def finish(built: Built, run_folder: RunFolder, held_out: HeldOut, say: Callable
     config, world = built.config, built.parts.world
     mode = attention_after(config.schedule, len(built.plans))
     final = held_out.measure(built.parts.pool, mode, world)
+    # Before what the first rank does alone, and for which the others would wait.
+    text = _sample(built, mode)
     say(f"held-out loss {final['validation/loss']:.4f} nats, {final['validation/bits_per_byte']:.4f} bits per byte")
     if config.validation.bigram and world.is_first:
         bar = held_out.bigram(built.data)
         say(f"a bigram model of all {bar.tokens} training tokens: {bar.loss:.4f} nats on the same targets")
         results = {"bigram/loss": bar.loss, "bigram/tokens": bar.tokens}
-    text = _sample(built, mode)
     if world.is_first:
         (run_folder.path / "samples" / f"step-{len(built.plans):06}.txt").write_text(text)
     say("\n".join(["sample:", *("    " + line for line in text.splitlines())]))

@@ -64,16 +64,20 @@ def facts(*, device: str, dtype: str, kernels: str = "off", reduction: str = "ex
     }
 
 
-def compare(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """One line per difference between two `facts` after which bits may differ; an empty list keeps the promise.
+def differing(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """The facts that differ and after which bits may, too; an empty list keeps the promise.
 
     The device's name counts only for GPUs: on CPUs the instruction set decides.
     """
     keys = [key for key in BITS_DEPEND_ON if key != "device_name" or now.get("device") != "cpu"]
+    return [key for key in keys if saved.get(key) != now.get(key)]
+
+
+def compare(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """One line for each of the facts that are `differing`."""
     return [
         f"{key}: the checkpoint was made with {saved.get(key)}, this process has {now.get(key)}"
-        for key in keys
-        if saved.get(key) != now.get(key)
+        for key in differing(saved, now)
     ]
 
 

@@ -26,7 +26,7 @@ from trainer.parallel.placement import SINGLE, Placement
 from trainer.parallel.world import World, start
 from trainer.progress import Progress
 from trainer.stop import Stop, on_signals
-from trainer.together import read_together
+from trainer.together import read_together, require_alike
 from trainer.tracking import Tracker
 from trainer.validate import hold_out
 from trainer.writer import Writer
@@ -81,6 +81,7 @@ def train(
         # Before the folder: what is wrong with the optimizer's groups shows here, and then nothing has been created.
         built = build(config, data, device, world)
         facts = _facts(config, device, kernels, data.fingerprint)
+        require_alike(world, facts)
         made = _make_folder(config, overrides, facts, world)
         session.say(f"run {made.path} on {device}, {config.precision.dtype}, {_layout(config)}")
         session.say(f"kernels: {kernels}")
@@ -142,6 +143,8 @@ def _resume(config: TrainConfig, run_folder: RunFolder, session: Session, world:
             raise ValueError(f"run = {run_folder.path}: expected an unfinished run, this one is finished")
         data = read_together(world, lambda: read_data(config, session.say))
         facts = _facts(config, device, kernels, data.fingerprint)
+        if not session.allow_changes:
+            require_alike(world, facts)
         changes = _refuse_changes(run_folder.provenance, facts, session)
         built = build(config, data, device, world)
         saved_step, more = _restore(built, run_folder, facts, session)

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -10,6 +10,7 @@ from torch import Tensor
 from data.batch import Batch
 from data.stream import Stream
 from model.losses import TermCounts
+from trainer import provenance
 from trainer.parallel.world import World
 from trainer.row import RowSums
 from trainer.schedule import StepPlan
@@ -28,13 +29,25 @@ def read_rows(stream: Stream, plan: StepPlan, mine: Sequence[int | None]) -> Bat
 
 
 def read_together(world: World, read: Callable[[], T]) -> T:
-    """What `read` returns on each rank: the first rank reads first, and leaves in caches what the others then find."""
+    """What `read` returns on each rank: the first rank reads first, and leaves in caches what the others then find.
+
+    They may wait for hours, which is for `saving` alone; no thread uses it yet.
+    """
     if world.is_first:
         found = read()
-        world.gather(None)
+        world.saving.gather(None)
         return found
-    world.gather(None)
+    world.saving.gather(None)
     return read()
+
+
+def require_alike(world: World, facts: Mapping[str, Any]) -> None:
+    """Raise ValueError, on all ranks, where one has other data than the first, or other facts that decide the bits."""
+    first, *others = world.gather(dict(facts))
+    for rank, found in enumerate(others, 1):
+        for key in (*provenance.differing(first, found), "data_fingerprint"):
+            if found[key] != first[key]:
+                raise ValueError(f"rank {rank} = {key} {found[key]}: expected {first[key]}, as rank 0 has")
 
 
 def count(world: World, counts: TermCounts) -> TermCounts:

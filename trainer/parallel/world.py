@@ -19,6 +19,8 @@ from trainer.parallel.placement import Placement
 
 PATIENCE = timedelta(minutes=10)
 """How long a collective waits for a rank that does not come (ours)."""
+DISK_PATIENCE = timedelta(days=1)
+"""And where it may be a disk that it waits for, or the first reading of a text: one that has died is missed at once."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -65,7 +67,8 @@ class Group:
 class World:
     """All ranks, and this one's groups: `control` and `saving` always on CPUs, the others where the tensors are.
 
-    saving: all ranks, for the thread that writes checkpoints. The others: see the methods of `Mesh`.
+    saving: all ranks, for what waits for disks: the thread that writes checkpoints, and before it the reading of data.
+    The others: see the methods of `Mesh`.
     """
 
     mesh: Mesh = field(default_factory=Mesh)
@@ -152,7 +155,7 @@ def start(mesh: Mesh, place: Placement, device: torch.device, patience: timedelt
         backend, init_method=place.address, rank=place.rank, world_size=place.size, timeout=patience
     )
     everybody = tuple(range(mesh.size))
-    speech = [_group({everybody}, place.rank, "gloo", patience) for _ in range(2)]
+    speech = [_group({everybody}, place.rank, "gloo", wait) for wait in (patience, DISK_PATIENCE)]
 
     def groups(of: Callable[[int], tuple[int, ...]]) -> Group:
         return _group(_distinct(of, mesh.size), place.rank, None, patience)
