@@ -37,10 +37,14 @@ LOOPBACK = {"linux": "lo", "darwin": "lo0"}
 PR_SET_PDEATHSIG = 1
 """prctl(2)."""
 START = (
-    "import sys; sys.path[:] = [sys.argv.pop(1), *filter(None, sys.path)]\n"
+    "import signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL)\n"
+    "sys.path[:] = [sys.argv.pop(1), *filter(None, sys.path)]\n"
     "from launch.main import main; sys.exit(main())"
 )
-"""As `./keel` does it: the working folder, which `python -m` would put first, may have a folder `data` of its own."""
+"""Until a rank trains Ctrl-C ends it at once: Python would wait for torch to return, and torch for the other ranks.
+
+The path as `./keel` has it: the working folder, which `python -m` would put first, may have a folder `data` of its own.
+"""
 
 
 def start(words: Sequence[str], size: int) -> int:
@@ -59,10 +63,12 @@ def run(command: Sequence[str], size: int) -> int:
         finally:
             ranks.send(Signals.SIGKILL)
     code, named = ranks.outcome()
-    if named is None:
-        shutil.rmtree(ranks.folder, ignore_errors=True)
-    else:
+    if named is not None:
         ranks.tell(named)
+        return code
+    shutil.rmtree(ranks.folder, ignore_errors=True)
+    if ranks.is_interrupted:
+        raise KeyboardInterrupt
     return code
 
 
@@ -135,15 +141,20 @@ class Ranks:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(child.pid, number) if number is Signals.SIGKILL else os.kill(child.pid, number)
 
+    @property
+    def is_interrupted(self) -> bool:
+        """Whether Ctrl-C has ended the first rank before it could say so."""
+        return self._asked is Signals.SIGINT and self._ended[0] == -Signals.SIGINT
+
     def outcome(self) -> tuple[int, int | None]:
         """The exit code of all together, and the rank to name as the cause where one has failed."""
         first = next((rank for rank, code in self._ended.items() if code), None)
         if first is None:
             return 0, None
-        # Whoever ends by the signal that was passed on has done what was asked, as a start that is not over does.
-        failed = [rank for rank in self._failed if self._asked is None or self._ended[rank] != -self._asked]
-        if self._asked is not None and self._ended[first] in STOPPED:
-            failed = [rank for rank in failed if rank == 0]
+        if self._asked is not None and self._ended[first] in (*STOPPED, -self._asked):
+            # That was asked for, in a rank that does not train yet by the signal itself; others may have lost it then.
+            return 128 + self._asked, None
+        failed = self._failed
         if not failed:
             return 128 + self._asked if self._asked else self._code(first), None
         if self._ended[0] == USER_ERROR and 0 in failed:

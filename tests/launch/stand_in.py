@@ -20,6 +20,8 @@ def main(folder: Path, acts: str, *exceptions: str) -> None:
         facts["helper"] = subprocess.Popen([sys.executable, "-S", "-c", "import time; time.sleep(600)"]).pid
     if "save" in acts:
         prepare_to_save(folder / f"rank-{rank}.signals", float(acts.partition("save:")[2].partition(",")[0]))
+    if "default" in acts:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
     if "ignore" in acts:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         signal.signal(signal.SIGINT, signal.SIG_IGN)

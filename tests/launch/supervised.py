@@ -94,9 +94,24 @@ def wait_until(holds: Callable[[], bool]) -> None:
 
 def state(process: int) -> str:
     """As ps shows it: T stopped, Z ended and not yet waited for; "" where there is none."""
-    return subprocess.run(
-        ["ps", "-o", "state=", "-p", str(process)], capture_output=True, text=True, check=False
-    ).stdout.strip()[:1]
+    if Path("/proc/self/stat").exists():
+        return (_facts_of(process) or [""])[0]
+    command = ["ps", "-o", "state=", "-p", str(process)]
+    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()[:1]
+
+
+def children_of(process: int) -> list[int]:
+    """The processes that it has started, in that order as long as numbers grow; on Linux."""
+    numbers = sorted(int(path.name) for path in Path("/proc").glob("[0-9]*"))
+    return [number for number in numbers if _facts_of(number)[1:2] == [str(process)]]
+
+
+def _facts_of(process: int) -> list[str]:
+    """What /proc/N/stat says from the state on: state, parent, ...; nothing where there is no such process."""
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return []
 
 
 def is_there(process: int) -> bool:

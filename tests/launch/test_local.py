@@ -169,13 +169,29 @@ def test_a_failure_while_stopping_is_a_failure(case: Case) -> None:
     assert err.startswith("keel: rank 1 ended with 1\n    disk full\n")
 
 
-def test_what_follows_from_stopping_is_no_failure(case: Case) -> None:
-    """The first rank has not begun to train, so it ends at once, and another loses the connection to it."""
-    process = case.start(2, "save:0,sleep:600", "1=ignore,wait:rank-0.signals,sleep:0.5,err:connection lost,exit:1")
+@pytest.mark.parametrize("ended", [0, 1])
+@pytest.mark.parametrize("how", ["save:0,sleep:600", "sleep:600"])
+def test_what_follows_from_stopping_is_no_failure(case: Case, ended: int, how: str) -> None:
+    """One rank has not begun to train, so it ends at once, and another loses the connection to it."""
+    other = "ignore,wait:stopped,sleep:0.3,err:connection lost,exit:1"
+    process = case.start(2, how, f"{1 - ended}={other}")
     case.facts(2)
     process.send_signal(signal.SIGTERM)
+    wait_until(lambda: len(case.processes()) == 1)
+    (case.folder / "stopped").touch()
     out, err = process.communicate(timeout=PATIENCE_S)
-    assert (process.returncode, out, err, case.kept()) == (143, "", "", [])
+    assert (process.returncode, out, err) == (143, "", "connection lost\n" if ended == 1 else "")
+    assert case.kept() == []
+
+
+def test_ctrl_c_before_ranks_train_is_said_once(case: Case) -> None:
+    """They end by the signal itself, without a word."""
+    process = case.start(3, "default,sleep:600")
+    case.facts(3)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=PATIENCE_S)
+    assert (process.returncode, err.splitlines()[-1]) == (-signal.SIGINT, "KeyboardInterrupt")
+    assert (case.processes(), case.kept()) == ([], [])
 
 
 def test_a_rank_reads_nothing(case: Case) -> None:
