@@ -239,6 +239,13 @@ def test_nobody_is_given_the_port_before_rank_0_listens() -> None:
             pass
 
 
+def test_keel_s_own_ranks_leave_ctrl_c_to_the_system_until_they_train() -> None:
+    """Python's own handler waits for the call that is running, which may wait ten minutes for another rank."""
+    before_keel = local.START.rpartition("\n")[0]
+    code = f"{before_keel}\nassert signal.getsignal(signal.SIGINT) == signal.SIG_DFL"
+    subprocess.run([sys.executable, "-c", code, str(ROOT)], check=True, timeout=PATIENCE_S)
+
+
 def test_keel_s_own_ranks_are_found_from_any_folder(tmp_path: Path) -> None:
     """Also from one that holds a package of our name; help is the cheapest verb."""
     (tmp_path / "data").mkdir()
