@@ -14,12 +14,6 @@ BLOCK = 4096
 """Elements whose squares are summed by one kernel; blocks are then added exactly."""
 
 
-def global_norm(gradients: Mapping[str, Tensor]) -> float:
-    """Euclidean norm over all logical tensors. Raises FloatingPointError naming the first that is not finite."""
-    sums = {name: square_sums(gradient) for name, gradient in gradients.items()}
-    return norm_of(math.fsum(value for of_tensor in sums.values() for value in of_tensor), sums)
-
-
 def norm_of(total: float, sums: Mapping[str, Sequence[float]]) -> float:
     """The norm from the sum of all squares; FloatingPointError, naming the first of `sums`, if it is not finite."""
     if not math.isfinite(total):

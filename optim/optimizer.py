@@ -16,7 +16,6 @@ from torch import Tensor
 from optim import adamw, clip, groups, muon
 from optim.config import OptimConfig
 from optim.groups import Member
-from optim.state import copy_exactly
 
 Totals = Callable[[Mapping[str, Sequence[float]]], dict[str, float]]
 """By key, the sum of the numbers of all processes, rounded once; every process calls it with the same keys or fewer."""
@@ -127,10 +126,6 @@ class Optimizer:
         """All state by flat name: momentum/, exp_avg/, exp_avg_sq/, updates/ and, where they exist, master/ tensors."""
         own = {f"master/{name}": m for name, m in self._masters.items() if m is not self._parameters[name]}
         return self._state | own
-
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Copy a `state_dict` back; raises ValueError unless names, shapes and dtypes are the same."""
-        copy_exactly(self.state_dict(), state, "optimizer state")
 
     def _rate(self, name: str, rate: float) -> float:
         return rate * groups.rate_scale(self._group[name], self.config)
