@@ -103,8 +103,9 @@ def _gradients(config: TrainConfig, model: Tensors, trained: Shares) -> Iterator
     yield _collective(
         "experts' gradients", "all_to_all", "replicas", replicas, ranks * of_layers, ranks * experts * of_expert
     )
-    calls = ranks * parts if mesh.owners > 1 else ranks * spans
-    yield _gather("between owners", "same_owners", turns, calls, own_dense * (FP64_BYTES if fp64 else FP32_BYTES))
+    # There and back: each adds a part up and hands it out.
+    calls, sums = 2 * ranks * (parts if mesh.owners > 1 else spans), FP64_BYTES if fp64 else FP32_BYTES
+    yield _collective("between owners", "all_to_all", "same_owners", turns, calls, 2 * own_dense * sums)
 
 
 def _weights(config: TrainConfig, model: Tensors, trained: Shares) -> Iterator[Collective]:

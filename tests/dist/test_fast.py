@@ -13,6 +13,7 @@ from tests.dist import ranks
 from tests.dist.ranks import Case
 from trainer.parallel.fast import FastSum, bucket_of, buckets
 from trainer.parallel.mesh import Mesh
+from trainer.parallel.owners import Ownership
 from trainer.parallel.world import start
 
 LAYOUT = Mesh(data=4, expert=2, owners=2)
@@ -56,6 +57,31 @@ def test_gradients_are_those_of_one_process_as_far_as_they_travel(
 
 def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
     return float((found - expected).norm() / expected.norm())
+
+
+@pytest.mark.parametrize("length", [7, 2, 1])
+def test_sums_of_owners_of_the_same_are_added_in_their_order(
+    length: int, processes: BaseContext, tmp_path: Path
+) -> None:
+    """Parts of 3, 2 and 2 numbers, and none for some; in fp32, so that another order has other bits."""
+    ranks.spawn(processes, add_between_owners, 3, tmp_path, length)
+    first_P, *others = (own_numbers(rank, length) for rank in range(3))
+    for other_P in others:
+        first_P = first_P + other_P
+    for rank in range(3):
+        assert torch.equal(torch.load(tmp_path / f"{rank}.pt"), first_P)
+
+
+def own_numbers(rank: int, length: int) -> torch.Tensor:
+    return torch.randn(length, generator=torch.Generator().manual_seed(rank)) * 10.0**rank
+
+
+def add_between_owners(rank: int, folder: Path, length: int) -> None:
+    mesh = Mesh(data=3, owners=1)
+    world = start(mesh, ranks.placement(rank, mesh.size, folder), ranks.CPU)
+    ownership = Ownership([], {}, range(0), world)
+    torch.save(ownership.sum_between_owners(own_numbers(rank, length)), folder / f"{rank}.pt")
+    world.close()
 
 
 def test_layers_leave_while_the_backward_pass_goes_on(processes: BaseContext, tmp_path: Path) -> None:

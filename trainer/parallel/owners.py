@@ -127,11 +127,19 @@ class Ownership:
         return {self.key(span): sums.read(span.parameter, self._local(span)) for span in self.spans}
 
     def sum_between_owners(self, x_P: Tensor) -> Tensor:
-        """Of sums over an owner group's rows, those over all: added in the order of the ranks that own the same."""
-        first_P, *others = self._world.same_owners.gather_rows(x_P)
+        """Of sums over an owner group's rows, those over all: added in the order of the ranks that own the same.
+
+        Each of these ranks adds a part up and hands it to the others, so that n of them send 2 P numbers, not n P.
+        """
+        group = self._world.same_owners
+        if group.size == 1:
+            return x_P
+        sizes = [len(part_P) for part_P in x_P.tensor_split(group.size)]
+        mine = [sizes[group.index]] * group.size
+        first_P, *others = group.swap(x_P, sizes, mine).view(group.size, mine[0])
         for other_P in others:
             first_P = first_P + other_P
-        return first_P
+        return group.swap(first_P.repeat(group.size), mine, sizes)
 
     def _between_owners(self, sums: ExactSum) -> None:
         """Ranks that own the same dense spans have sums of different rows: all of them get the whole."""

@@ -19,8 +19,6 @@ from trainer.parallel.placement import Placement
 
 PATIENCE = timedelta(minutes=10)
 """How long a collective waits for a rank that does not come (ours)."""
-DISK_PATIENCE = timedelta(days=1)
-"""And where it may be a disk that it waits for, or the first reading of a text: one that has died is missed at once."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -56,6 +54,12 @@ class Group:
         dist.all_gather(rows, x_P, group=self.handle)
         return torch.stack(rows)
 
+    def swap(self, x_P: Tensor, sent: Sequence[int], received: Sequence[int]) -> Tensor:
+        """Consecutive parts of x to each rank, in order: sent[r] numbers to rank r; received[r] come from it."""
+        came_P = x_P.new_empty(sum(received))
+        dist.all_to_all_single(came_P, x_P, list(received), list(sent), group=self.handle)
+        return came_P
+
     def add(self, x: Tensor) -> None:
         """Add the integer tensors of all ranks, in place."""
         assert not x.is_floating_point(), "floats would be added in an order that nobody chose"
@@ -67,8 +71,7 @@ class Group:
 class World:
     """All ranks, and this one's groups: `control` and `saving` always on CPUs, the others where the tensors are.
 
-    saving: all ranks, for what waits for disks: the thread that writes checkpoints, and before it the reading of data.
-    The others: see the methods of `Mesh`.
+    saving: all ranks, for the thread that writes checkpoints. The others: see the methods of `Mesh`.
     """
 
     mesh: Mesh = field(default_factory=Mesh)
@@ -155,7 +158,7 @@ def start(mesh: Mesh, place: Placement, device: torch.device, patience: timedelt
         backend, init_method=place.address, rank=place.rank, world_size=place.size, timeout=patience
     )
     everybody = tuple(range(mesh.size))
-    speech = [_group({everybody}, place.rank, "gloo", wait) for wait in (patience, DISK_PATIENCE)]
+    speech = [_group({everybody}, place.rank, "gloo", patience) for _ in range(2)]
 
     def groups(of: Callable[[int], tuple[int, ...]]) -> Group:
         return _group(_distinct(of, mesh.size), place.rank, None, patience)
