@@ -1,6 +1,8 @@
 """What the ranks of a step bring together: their rows, counts and losses; on one process just these."""
 
+import threading
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, wait
 from dataclasses import fields, replace
 from typing import Any, TypeVar
 
@@ -16,6 +18,8 @@ from trainer.row import RowSums
 from trainer.schedule import StepPlan
 
 T = TypeVar("T")
+BEAT_S = 1.0
+"""How often those who wait for the first rank's reading ask for it (ours); far less than `world.PATIENCE`."""
 
 
 def read_rows(stream: Stream, plan: StepPlan, mine: Sequence[int | None]) -> Batch:
@@ -31,14 +35,32 @@ def read_rows(stream: Stream, plan: StepPlan, mine: Sequence[int | None]) -> Bat
 def read_together(world: World, read: Callable[[], T]) -> T:
     """What `read` returns on each rank: the first rank reads first, and leaves in caches what the others then find.
 
-    They may wait for hours, which is for `saving` alone; no thread uses it yet.
+    Of a new text that takes hours, longer than any collective waits: so they ask again and again whether it has.
     """
-    if world.is_first:
-        found = read()
-        world.saving.gather(None)
-        return found
-    world.saving.gather(None)
-    return read()
+    if world.size == 1:
+        return read()
+    if not world.is_first:
+        while not world.agree(False):
+            pass
+        return read()
+    reading = _in_background(read)
+    while not world.agree(wait([reading], BEAT_S).done == {reading}):
+        pass
+    return reading.result()
+
+
+def _in_background(work: Callable[[], T]) -> "Future[T]":
+    """work() in a thread that ends with the process, so that nobody who interrupts it has to wait."""
+    future: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(work())
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=run, name="read", daemon=True).start()
+    return future
 
 
 def require_alike(world: World, facts: Mapping[str, Any]) -> None:
