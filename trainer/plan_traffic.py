@@ -1,7 +1,8 @@
 """What the ranks of a mesh send each other in a step, collective by collective, from the configuration alone.
 
-Counted are the tensors of tokens, gradients and weights. Counts of tokens, losses and norms travel as a few numbers and
-are not. All figures are of all ranks together. Held by tests/dist/test_plan_traffic.py to what small meshes send.
+Counted are the tensors of tokens, gradients and weights. Denominators, losses, loads and norms, a few numbers of each
+row and layer, are not. All figures are of all ranks together. Held by tests/dist/test_plan_traffic.py to what small
+meshes send.
 """
 
 import math

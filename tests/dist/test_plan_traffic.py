@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import distributed_c10d
 
 from model.logical import logical_tensors
 from optim import zero
@@ -138,6 +139,47 @@ def seen(processes: BaseContext, tmp_path_factory: pytest.TempPathFactory) -> li
 
 def test_ranks_that_share_out_experts_send_what_is_planned(seen: list[Told]) -> None:
     assert seen == planned(EXACT, EXPERT_2)
+
+
+def tell_the_rest(rank: int, folder: Path, case: Case, mesh: Mesh) -> None:
+    """What a rank gives to `control` in each step; objects are gathered as tensors by the module's own functions."""
+    world = start(mesh, ranks.placement(rank, mesh.size, folder), ranks.CPU)
+    built = ranks.built_of(case, mesh, world)
+    seen: list[tuple[str, int]] = []
+
+    def watched(kind: str, place: int, function: Callable[..., Any], *given: Any, **named: Any) -> Any:
+        if world.control.handle in (*given, named.get("group")):
+            seen.append((kind, given[place].numel() * given[place].element_size()))
+        return function(*given, **named)
+
+    for kind, place in KINDS.items():
+        function = partial(watched, kind, place, getattr(distributed_c10d, kind))
+        setattr(distributed_c10d, kind, function)
+        setattr(dist, kind, function)
+    told = []
+    for number in range(len(case.rows)):
+        ranks.step_of(built, case, number)
+        told.append(list(seen))
+        seen.clear()
+    (folder / f"{rank}.json").write_text(json.dumps(told))
+    world.close()
+
+
+def test_what_is_not_counted_is_little(processes: BaseContext, tmp_path: Path) -> None:
+    """Counts of terms, the first row at fault, loads of layers; gathered: losses of rows, squares, RMS by group.
+
+    What is gathered is a text of any length, after its size in 8 bytes: 250 a row and layer, and less than 2000 more.
+    """
+    ranks.spawn(processes, tell_the_rest, TWICE.size, tmp_path, EXACT, TWICE)
+    layers = ranks.MODEL.num_hidden_layers + ranks.MODEL.num_nextn_predict_layers
+    for rank in range(TWICE.size):
+        for rows, step in zip(ROWS, json.loads((tmp_path / f"{rank}.json").read_text()), strict=True):
+            numbers = [size for kind, size in step if kind == "all_reduce"]
+            assert numbers == [5 * 8, 8, layers * ranks.MODEL.n_routed_experts * 8]
+            gathered = [size for kind, size in step if kind == "all_gather"]
+            assert [kind for kind, _ in step if kind not in ("all_reduce", "all_gather")] == []
+            assert gathered[::2] == [8, 8, 8]
+            assert sum(gathered[1::2]) < 250 * layers * -(-rows // TWICE.size) + 2000
 
 
 MISTAKES: dict[str, tuple[Any, str, Any]] = {
