@@ -15,8 +15,8 @@ from torch import Tensor
 from launch.compose import compose
 from model import names
 from tests.model.test_count_memory import make_row
-from tests.model.test_memory import Storages
 from tests.trainer import silent
+from tests.trainer.peak import Peak
 from trainer import plan_memory, row
 from trainer.config import Precision, TrainConfig
 from trainer.parallel.expert import RowExperts, leaves
@@ -89,18 +89,6 @@ def test_the_fast_path(words: list[str]) -> None:
     layout = plan(config).layout
     for rank in (0, layout.mesh.size - 1):
         check_built(layout.role_of(rank).memory, silent.parts(config, rank), exact=False)
-
-
-class Peak(Storages):
-    """Follows also the most bytes that were alive at a time."""
-
-    peak = 0
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = super().__torch_dispatch__(function, types, args, kwargs)
-        self.made = {key: one for key, one in self.made.items() if key not in self.apart and not one[0].expired()}
-        self.peak = max(self.peak, self.alive_bytes())
-        return result
 
 
 def measured_update(parts: Parts) -> int:
