@@ -11,7 +11,7 @@ MOST_ROLES = 16
 """Ranks that are listed one by one, and roles that are listed at all."""
 MEMORY_NOTES = (
     "row: the most at a time, while activations go and gradients come (plain functions, even loads); with threads=N, N",
-    "rows at a time. update: reduced gradients and copies, after the rows. total: the first six, and row or update",
+    "rows at a time. update: reduced gradients and copies. total: the first five, and row or buffers with update",
 )
 TRAFFIC_NOTES = (
     "mean over the ranks, each byte passed on by a ring or sent pairwise; counts, losses and norms are a few KB more",

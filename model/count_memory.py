@@ -7,7 +7,7 @@ precision than fp32 an island keeps a promoted copy of its input. Held by tests/
 
 from collections import Counter
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from model.config import CSA_RATIO, AttentionMode, ModelConfig
 
@@ -36,13 +36,17 @@ class _Widths:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Row:
-    """What is the same for all layers of a branch: T tokens, attention mode, parts that are computed again."""
+    """What is the same for all layers of a branch: T tokens, attention mode, parts that are computed again.
+
+    apart: parts of the token-expert pairs of which one at a time passes through the experts.
+    """
 
     config: ModelConfig
     T: int
     mode: AttentionMode
     again: frozenset[str]
     width: _Widths
+    apart: int
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -73,17 +77,20 @@ def kept_bytes(
 
 
 def phases(
-    config: ModelConfig, row_length: int, mode: AttentionMode, recompute: Collection[str], element_bytes: int
+    config: ModelConfig, row_length: int, mode: AttentionMode, recompute: Collection[str], width: int, apart: int = 1
 ) -> list[Phase]:
-    """The backward pass of a row in order: losses, MTP branch, last collapse, layers from the last one, places."""
-    width = _Widths(model=element_bytes, island=max(element_bytes, FP32_BYTES))
-    row = _Row(config=config, T=row_length, mode=mode, again=frozenset(recompute), width=width)
+    """The backward pass of a row in order: losses, MTP branch, last collapse, layers from the last one, places.
+
+    width: bytes of an element of the model's type. apart: rows whose token-expert pairs meet and pass one by one.
+    """
+    widths = _Widths(model=width, island=max(width, FP32_BYTES))
+    row = _Row(config=config, T=row_length, mode=mode, again=frozenset(recompute), width=widths, apart=apart)
     if mode == "indexer_warmup":
         return [Phase(trains=("",), kept=_warmup(row))]
     found = [Phase(trains=("head.",), kept=_loss(row), working=_logits(row))]
     branches = config.num_nextn_predict_layers if row_length > 1 else 0
     if branches:
-        branch = _Row(config=config, T=row_length - 1, mode=mode, again=row.again - {"block"}, width=width)
+        branch = replace(row, T=row_length - 1, again=row.again - {"block"})
         last = Phase(trains=("mtp.0.head.",), kept=_loss(branch), working=_logits(branch))
         found = [last, *found, *_mtp(branch)]
     found.append(Phase(trains=("hc_head_", "norm."), kept=_end(row, streams_kept=bool(branches))))
@@ -139,7 +146,7 @@ def _steps(row: _Row, name: str, ratio: int, *, hashed: bool) -> tuple[_Step, _S
     experts, down = _experts(row, hashed=hashed), Counter(shared_experts=3 * T * F * width.model)
     down["experts"] = inner * width.model
     flow = 2 * (N + 1) * y
-    swiglu = inner * (8 * width.island + 3 * width.copy + width.model + MASK_BYTES)
+    swiglu = inner // row.apart * (8 * width.island + 3 * width.copy + width.model + MASK_BYTES)
     ffn, attn = f"{name}ffn.", f"{name}attn"
     after = (f"{ffn}experts.w1", f"{ffn}experts.w3", f"{ffn}gate.", f"{name}ffn_norm.", f"{name}hc_ffn_")
     before = (f"{attn}.", f"{attn}_norm.", f"{name}hc_attn_")

@@ -34,9 +34,9 @@ class Memory:
 
     Held throughout: weights, parameters in the run's type (islands at least fp32), router biases and hash tables;
     masters, fp32 copies of own parameters of lower precision; momentum, Muon's, of own matrices; moments, AdamW's two,
-    of what else is owned; sums, accumulators of all gradients that are made here; buffers, gradients on their way (fast
-    path). Of a row: activations, what its forward pass keeps; gradients, those that wait for the end of its backward
-    pass; row, the most of all that at a time, working memory included. update: the reduced gradients and the
+    of what else is owned; sums, accumulators of all gradients that are made here. Of a row: activations, what its
+    forward pass keeps; gradients, those that wait for the end of its backward pass; row, the most of all that at a time,
+    working memory included. Then buffers, gradients on their way (fast path); update, the reduced gradients and the
     optimizer's temporary copies.
     """
 
@@ -45,21 +45,21 @@ class Memory:
     momentum: int
     moments: int
     sums: int
-    buffers: int
     activations: int
     gradients: int
     row: int
+    buffers: int
     update: int
 
     @property
     def held(self) -> int:
         """What is there throughout."""
-        return self.weights + self.masters + self.momentum + self.moments + self.sums + self.buffers
+        return self.weights + self.masters + self.momentum + self.moments + self.sums
 
     @property
     def total(self) -> int:
-        """What is held and, as the update follows the rows, the larger of the two."""
-        return self.held + max(self.row, self.update)
+        """What is held and, as the update follows the rows, the larger of the two; gradients arrive in between."""
+        return self.held + max(self.row, self.buffers + self.update)
 
     def parts(self) -> dict[str, int]:
         """By name, in order."""
@@ -153,10 +153,10 @@ def memory(config: TrainConfig, model: Tensors, owned: Sequence[Member], experts
         momentum=matrices * state,
         moments=2 * (own.total() - matrices) * state,
         sums=here.total() * (INT64_BYTES if exact else state),
-        buffers=0 if exact or mesh.size == 1 else _on_their_way(config, model, owned, experts),
         activations=row.activations,
         gradients=row.gradients,
         row=row.most,
+        buffers=0 if exact or mesh.size == 1 else _on_their_way(config, model, owned, experts),
         update=_update(model, owned, experts, own, state),
     )
 
@@ -186,7 +186,8 @@ def row_memory(config: TrainConfig, model: Tensors, step: StepPlan) -> RowMemory
     On the fast path a gradient goes into its sum as it comes.
     """
     exact = config.parallel.reduction == "exact"
-    order, leaves = phases(*_pass(config, step)), dict(_leaves(config, model, step))
+    order = phases(*_pass(config, step), apart=config.parallel.mesh.expert if exact else 1)
+    leaves = dict(_leaves(config, model, step))
     kept = left = sum(phase.kept.total() for phase in order)
     come = most = 0
     for phase in order:

@@ -24,6 +24,8 @@ from trainer.parallel.expert import StandBy, leaves
 from trainer.parallel.owners import Handout, Ownership
 from trainer.parallel.world import Group
 
+CHUNK = 1 << 20
+"""Numbers rounded at a time, at least, and less than twice as many: for each, rounding makes five copies."""
 REST = "rest"
 """The bucket of what belongs to no layer: embedding, head, last norm and mixes."""
 
@@ -162,7 +164,7 @@ class FastSum:
         if not any(sizes):
             return
         mine = group.index
-        going = self._rounded(torch.cat([rows for one in flat for rows in one]), bucket, dense)
+        going = self._packed([rows for one in flat for rows in one], bucket, dense)
         came = going.new_empty(sizes[mine] * group.size)
         work = dist.all_to_all_single(came, going, [sizes[mine]] * group.size, sizes, group=group.handle, async_op=True)
         yield _Underway(work=work, came=came, spans=of_owner[mine], shares=group.size, dense=dense)
@@ -170,24 +172,43 @@ class FastSum:
     def _rows(self, span: Span) -> Tensor:
         return self._ownership.rows(span, self._sums[span.parameter]).reshape(-1)
 
-    def _rounded(self, x_P: Tensor, bucket: str, dense: bool) -> Tensor:
+    def _packed(self, parts: Sequence[Tensor], bucket: str, dense: bool) -> Tensor:
+        """Flat parts one after the other, in what they travel in; rounded by the CHUNK, so that few copies exist."""
         if (self._dtypes.dense if dense else self._dtypes.experts) != torch.bfloat16:
-            return x_P
-        rank = self._ownership.rank
-        return stochastic_bf16(x_P, generator_of(self._seed, self._step, bucket, dense, rank, device=self._device))
+            return torch.cat(list(parts))
+        generator = generator_of(self._seed, self._step, bucket, dense, self._ownership.rank, device=self._device)
+        going_P = torch.empty(sum(map(len, parts)), dtype=torch.bfloat16, device=self._device)
+        done = 0
+        for some in _batches(parts):
+            x_P = torch.cat(some)
+            going_P[done : done + len(x_P)] = stochastic_bf16(x_P, generator)
+            done += len(x_P)
+        return going_P
 
     def _receive(self, underway: _Underway) -> dict[str, Tensor]:
         underway.work.wait()
-        total_P, *others = (at_least_fp32(part) for part in underway.came.chunk(underway.shares))
-        total_P = total_P.clone()
+        first_P, *others = underway.came.chunk(underway.shares)
+        total_P = at_least_fp32(first_P).clone()
         for other_P in others:
-            total_P += other_P
+            total_P += other_P  # in total's type: bf16 is promoted number by number
         if underway.dense:
             total_P = self._ownership.sum_between_owners(total_P)
         shapes = [self._ownership.rows(span, self._sums[span.parameter]).shape for span in underway.spans]
         parts = total_P.split([shape.numel() for shape in shapes])
         keys = map(self._ownership.key, underway.spans)
         return {key: part.view(shape) for key, part, shape in zip(keys, parts, shapes, strict=True)}
+
+
+def _batches(parts: Iterable[Tensor]) -> Iterator[list[Tensor]]:
+    """Flat tensors in their order, cut, so that each batch has some CHUNK numbers."""
+    batch: list[Tensor] = []
+    for piece in (piece for part in parts for piece in part.split(CHUNK)):
+        batch.append(piece)
+        if sum(map(len, batch)) >= CHUNK:
+            yield batch
+            batch = []
+    if batch:
+        yield batch
 
 
 def _by_bucket(spans: Iterable[Span]) -> dict[str, list[Span]]:
