@@ -75,6 +75,9 @@ def kill_until_finished(processes: Processes, config: TrainConfig, draw: random.
             return kills
         assert child.exitcode == -signal.SIGKILL, log.read_text()
         kills += 1
+        if any(RunFolder(path).is_finished() for path in runs_dir.glob("[!.]*")):
+            # Killed on its way out: the same command would begin another run.
+            return kills
 
 
 def kill_often(processes: Processes, corpus: Path, folder: Path, whole: RunFolder, kills: int, seed: int) -> None:
