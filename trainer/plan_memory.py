@@ -35,9 +35,9 @@ class Memory:
     Held throughout: weights, parameters in the run's type (islands at least fp32), router biases and hash tables;
     masters, fp32 copies of own parameters of lower precision; momentum, Muon's, of own matrices; moments, AdamW's two,
     of what else is owned; sums, accumulators of all gradients that are made here. Of a row: activations, what its
-    forward pass keeps; gradients, those that wait for the end of its backward pass; row, the most of all that at a time,
-    working memory included. Then buffers, gradients on their way (fast path); update, the reduced gradients and the
-    optimizer's temporary copies.
+    forward pass keeps; gradients, those that wait for the end of its backward pass; row, the most of all that at a
+    time, working memory included. Then: buffers, gradients on their way (fast path); update, the reduced gradients and
+    the optimizer's temporary copies.
     """
 
     weights: int
