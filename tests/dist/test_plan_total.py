@@ -1,0 +1,125 @@
+"""Proves that the tensors of real ranks take what is planned: the most at a time in a step, to within 2 % of the total.
+
+Every storage that a rank makes is followed, from the first of its model on. All parts are large here beside the little
+that no plan counts: in some cases a row takes most, in others the update.
+"""
+
+import json
+import resource
+import sys
+from collections.abc import Mapping
+from dataclasses import replace
+from multiprocessing.context import BaseContext
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.dist import ranks
+from tests.dist.ranks import Case
+from tests.trainer import steps
+from tests.trainer.peak import Peak
+from trainer.parallel.mesh import Mesh
+from trainer.parallel.world import ALONE, start
+from trainer.plan_memory import Memory
+from trainer.plan_parallel import layout
+from trainer.schedule import StepPlan
+from trainer.step import train_step
+
+MODEL = ranks.model(
+    vocab_size=2048,
+    hidden_size=256,
+    num_hidden_layers=3,
+    compress_ratios=(0, 4, 32, 0),
+    num_attention_heads=4,
+    head_dim=64,
+    qk_rope_head_dim=16,
+    q_lora_rank=128,
+    o_lora_rank=64,
+    sliding_window=64,
+    index_n_heads=4,
+    index_head_dim=32,
+    index_topk=16,
+    n_routed_experts=16,
+    num_experts_per_tok=4,
+    moe_intermediate_size=256,
+    hc_mult=4,
+)
+"""16 million parameters, three quarters of them in experts."""
+TOLERANCE = 0.02
+ALONE_1, DATA_2, EXPERT_2 = Mesh(), Mesh(data=2, owners=2), Mesh(data=2, expert=2, owners=2)
+BOTH_4, TWICE_4, EXPERT_4 = (
+    Mesh(data=4, expert=2, owners=4),
+    Mesh(data=4, expert=2, owners=2),
+    Mesh(data=4, expert=4, owners=4),
+)
+FAST = {"parallel": {"reduction": "fast"}}
+FAST_BF16 = {"parallel": {"reduction": "fast", "dense_reduction": "bf16"}}
+BLOCK, PARTS = {"recompute": ("block",)}, {"recompute": ("attention", "experts")}
+
+
+def case_of(dtype: str, changes: Mapping[str, Any]) -> Case:
+    return Case(dtype=dtype, changes={"model": MODEL, **changes})
+
+
+def step_of(mesh: Mesh, length: int) -> StepPlan:
+    """A row for each rank."""
+    return replace(steps.make_plan("sparse"), rows=mesh.size, row_length=length)
+
+
+def tell(rank: int, folder: Path, case: Case, mesh: Mesh, length: int) -> None:
+    """Most bytes of a rank's tensors in a step, those held before it, and by how much its process grew."""
+    world = start(mesh, ranks.placement(rank, mesh.size, folder), ranks.CPU) if mesh.size > 1 else ALONE
+    before = resident_bytes()
+    with Peak() as peak:
+        built = ranks.built_of(case, mesh, world)
+        held, peak.peak = peak.alive_bytes(), 0
+        built.parts.stream.rows = steps.FixedStream(batch=steps.make_batch(rows=mesh.size, length=length)).rows
+        train_step(built.parts, step_of(mesh, length), lambda: False)
+    told = {"peak": peak.peak, "held": held, "grown": resident_bytes() - before}
+    (folder / f"{rank}.json").write_text(json.dumps(told))
+    world.close()
+
+
+def resident_bytes() -> int:
+    """The most that this process ever had in memory."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def told_and_planned(
+    processes: BaseContext, case: Case, mesh: Mesh, length: int, folder: Path
+) -> list[tuple[dict[str, int], Memory]]:
+    """By rank."""
+    ranks.spawn(processes, tell, mesh.size, folder, case, mesh, length)
+    of = layout(ranks.config_of(case, mesh), [step_of(mesh, length)])
+    return [(json.loads((folder / f"{rank}.json").read_text()), of.role_of(rank).memory) for rank in range(mesh.size)]
+
+
+@pytest.mark.parametrize(
+    ("mesh", "dtype", "changes", "length"),
+    [
+        pytest.param(ALONE_1, "bf16", {}, 1024, id="one process"),
+        pytest.param(EXPERT_2, "fp32", {}, 512, id="two share out experts"),
+        pytest.param(ALONE_1, "fp32", {}, 512, id="one process, fp32", marks=pytest.mark.slow),
+        pytest.param(ALONE_1, "fp32", BLOCK, 2048, id="one process, blocks again", marks=pytest.mark.slow),
+        pytest.param(ALONE_1, "bf16", PARTS, 1024, id="one process, parts again", marks=pytest.mark.slow),
+        pytest.param(DATA_2, "fp32", {}, 1024, id="two", marks=pytest.mark.slow),
+        pytest.param(DATA_2, "bf16", FAST_BF16, 1024, id="two, fast", marks=pytest.mark.slow),
+        pytest.param(EXPERT_2, "bf16", BLOCK, 1024, id="two share out experts, blocks again", marks=pytest.mark.slow),
+        pytest.param(EXPERT_2, "bf16", PARTS, 1024, id="two share out experts, parts again", marks=pytest.mark.slow),
+        pytest.param(BOTH_4, "fp32", {}, 512, id="four", marks=pytest.mark.slow),
+        pytest.param(BOTH_4, "fp32", FAST, 128, id="four, fast, short rows", marks=pytest.mark.slow),
+        pytest.param(TWICE_4, "bf16", FAST_BF16, 1024, id="four, fast, owners twice", marks=pytest.mark.slow),
+        pytest.param(TWICE_4, "bf16", BLOCK, 1024, id="four, blocks again", marks=pytest.mark.slow),
+        pytest.param(EXPERT_4, "bf16", {}, 512, id="four share out experts", marks=pytest.mark.slow),
+    ],
+)
+def test_a_step_takes_what_is_planned(
+    mesh: Mesh, dtype: str, changes: Mapping[str, Any], length: int, processes: BaseContext, tmp_path: Path
+) -> None:
+    for told, planned in told_and_planned(processes, case_of(dtype, changes), mesh, length, tmp_path):
+        print(told, {"total": planned.total, **planned.parts()}, told["peak"] / planned.total)
+        assert told["held"] == pytest.approx(planned.held, rel=TOLERANCE)
+        assert told["peak"] == pytest.approx(planned.total, rel=TOLERANCE)
+        # A second opinion: the process has these tensors, and what torch and the allocator need for themselves.
+        assert told["grown"] > 0.9 * planned.total
