@@ -7,6 +7,7 @@ that no plan counts: in some cases a row takes most, in others the update.
 import json
 import resource
 import sys
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
 from multiprocessing.context import BaseContext
@@ -15,13 +16,14 @@ from typing import Any
 
 import pytest
 
+from model import count_memory
 from tests.dist import ranks
 from tests.dist.ranks import Case
 from tests.trainer import steps
 from tests.trainer.peak import Peak
+from trainer import plan_memory
 from trainer.parallel.mesh import Mesh
 from trainer.parallel.world import ALONE, start
-from trainer.plan_memory import Memory
 from trainer.plan_parallel import layout
 from trainer.schedule import StepPlan
 from trainer.step import train_step
@@ -86,20 +88,30 @@ def resident_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def told_and_planned(
-    processes: BaseContext, case: Case, mesh: Mesh, length: int, folder: Path
-) -> list[tuple[dict[str, int], Memory]]:
+Told = list[dict[str, int]]
+
+
+def measured(processes: BaseContext, case: Case, mesh: Mesh, length: int, folder: Path) -> Told:
     """By rank."""
     ranks.spawn(processes, tell, mesh.size, folder, case, mesh, length)
+    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(mesh.size)]
+
+
+def check(found: Told, case: Case, mesh: Mesh, length: int) -> None:
     of = layout(ranks.config_of(case, mesh), [step_of(mesh, length)])
-    return [(json.loads((folder / f"{rank}.json").read_text()), of.role_of(rank).memory) for rank in range(mesh.size)]
+    for rank, told in enumerate(found):
+        planned = of.role_of(rank).memory
+        assert told["held"] == pytest.approx(planned.held, rel=TOLERANCE)
+        assert told["peak"] == pytest.approx(planned.total, rel=TOLERANCE)
+        # A second opinion. The process also has what libraries need at first use, and what the allocator keeps for
+        # later: 190 to 440 MB here, and no tensors.
+        assert told["grown"] > 0.98 * planned.total
 
 
 @pytest.mark.parametrize(
     ("mesh", "dtype", "changes", "length"),
     [
         pytest.param(ALONE_1, "bf16", {}, 1024, id="one process"),
-        pytest.param(EXPERT_2, "fp32", {}, 512, id="two share out experts"),
         pytest.param(ALONE_1, "fp32", {}, 512, id="one process, fp32", marks=pytest.mark.slow),
         pytest.param(ALONE_1, "fp32", BLOCK, 2048, id="one process, blocks again", marks=pytest.mark.slow),
         pytest.param(ALONE_1, "bf16", PARTS, 1024, id="one process, parts again", marks=pytest.mark.slow),
@@ -117,9 +129,36 @@ def told_and_planned(
 def test_a_step_takes_what_is_planned(
     mesh: Mesh, dtype: str, changes: Mapping[str, Any], length: int, processes: BaseContext, tmp_path: Path
 ) -> None:
-    for told, planned in told_and_planned(processes, case_of(dtype, changes), mesh, length, tmp_path):
-        print(told, {"total": planned.total, **planned.parts()}, told["peak"] / planned.total)
-        assert told["held"] == pytest.approx(planned.held, rel=TOLERANCE)
-        assert told["peak"] == pytest.approx(planned.total, rel=TOLERANCE)
-        # A second opinion: the process has these tensors, and what torch and the allocator need for themselves.
-        assert told["grown"] > 0.9 * planned.total
+    case = case_of(dtype, changes)
+    check(measured(processes, case, mesh, length, tmp_path), case, mesh, length)
+
+
+@pytest.fixture(scope="module")
+def seen(processes: BaseContext, tmp_path_factory: pytest.TempPathFactory) -> Told:
+    """What two ranks take that share out experts; a row takes most there."""
+    return measured(processes, case_of("fp32", {}), EXPERT_2, 512, tmp_path_factory.mktemp("seen"))
+
+
+def test_two_ranks_that_share_out_experts_take_what_is_planned(seen: Told) -> None:
+    check(seen, case_of("fp32", {}), EXPERT_2, 512)
+
+
+MISTAKES: dict[str, tuple[Any, str, Any]] = {
+    "sums of 4 bytes": (plan_memory, "INT64_BYTES", 4),
+    "experts not shared out": (plan_memory, "_held", lambda config, model: 16 * model.expert_elements),
+    "no gradients": (plan_memory, "_leaves", lambda config, model, step: [("", 0)]),
+    "an attention that keeps nothing": (count_memory, "_attention", lambda row, ratio: Counter()),
+    "all rows in the experts at once": (plan_memory, "phases", lambda *given, apart: count_memory.phases(*given)),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_planted_mistake_is_caught(mistake: str, seen: Told, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(*MISTAKES[mistake])
+    with pytest.raises(AssertionError):
+        check(seen, case_of("fp32", {}), EXPERT_2, 512)
+
+
+def test_a_recomputation_that_is_not_planned_is_caught(seen: Told) -> None:
+    with pytest.raises(AssertionError):
+        check(seen, case_of("fp32", BLOCK), EXPERT_2, 512)
