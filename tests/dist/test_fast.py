@@ -11,6 +11,7 @@ import torch
 
 from tests.dist import ranks
 from tests.dist.ranks import Case
+from trainer.parallel import fast as fast_path
 from trainer.parallel.fast import FastSum, bucket_of, buckets
 from trainer.parallel.mesh import Mesh
 from trainer.parallel.owners import Ownership
@@ -107,6 +108,16 @@ def note_launches(rank: int, folder: Path, case: Case, mesh: Mesh) -> None:
     ranks.take(replace(case, rows=case.rows), mesh, world)
     torch.save(noted, folder / f"{rank}.pt")
     world.close()
+
+
+@pytest.mark.parametrize("sizes", [[2, 7, 0, 1, 4, 9], [5, 5], [1], [23]])
+def test_numbers_are_rounded_in_batches(sizes: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fast_path, "CHUNK", 5)
+    parts = torch.arange(sum(sizes)).split(sizes)
+    batches = [torch.cat(batch) for batch in fast_path._batches(parts)]
+    assert torch.cat(batches).tolist() == list(range(sum(sizes)))
+    assert all(5 <= len(batch) < 10 for batch in batches[:-1])
+    assert 0 < len(batches[-1]) < 10
 
 
 def test_buckets_are_in_the_order_of_a_backward_pass() -> None:
