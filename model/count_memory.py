@@ -54,12 +54,15 @@ class Phase:
     """A part of a row's backward pass. kept: bytes that it lets go of, by part. again: bytes computed again for it.
 
     working: bytes that it makes where it makes most. trains: prefixes of the parameters whose gradients it leaves.
+    first, last: what there is more while the first, and the last, of several rows passes the experts, gradients apart.
     """
 
     trains: tuple[str, ...]
     kept: Counter[str]
     again: int = 0
     working: int = 0
+    first: int = 0
+    last: int = 0
 
 
 def kept_bytes(
@@ -104,10 +107,9 @@ class _Step:
     """A stretch of a block's backward pass. outside: kept around a part of the block; inside: in it, if it is kept."""
 
     part: str
-    trains: tuple[str, ...]
     outside: Counter[str]
     inside: Counter[str]
-    working: int
+    phase: Phase
 
 
 def _layer(row: _Row, name: str, ratio: int, *, hashed: bool) -> list[Phase]:
@@ -127,7 +129,7 @@ def _layer(row: _Row, name: str, ratio: int, *, hashed: bool) -> list[Phase]:
             kept, again = step.outside + step.inside, 0
         if step is steps[-1]:
             kept = kept + loads + (streams if "block" in row.again else Counter())
-        found.append(Phase(trains=step.trains, kept=kept, again=again, working=step.working))
+        found.append(replace(step.phase, kept=kept, again=again))
     return found
 
 
@@ -142,35 +144,32 @@ def _steps(row: _Row, name: str, ratio: int, *, hashed: bool) -> tuple[_Step, _S
     y = T * D * width.model
     mixes = ((2 + N) * N + 1 + N + N * N) * width.island
     site = N * y + T * (mixes + width.island) + 2 * y
-    inner = T * config.num_experts_per_tok * F
+    pairs = T * config.num_experts_per_tok
     experts, down = _experts(row, hashed=hashed), Counter(shared_experts=3 * T * F * width.model)
-    down["experts"] = inner * width.model
+    down["experts"] = pairs * F * width.model
     flow = 2 * (N + 1) * y
-    swiglu = inner // row.apart * (8 * width.island + 3 * width.copy + width.model + MASK_BYTES)
+    swiglu = pairs * F // row.apart * (8 * width.island + 3 * width.copy + width.model + MASK_BYTES)
+    # Of the other rows: inner numbers before they pass; then gradients of what came in, gate and up gone.
+    others = pairs * width.model * (row.apart - 1) // row.apart
     ffn, attn = f"{name}ffn.", f"{name}attn"
+    start = (f"{ffn}shared_experts.", f"{ffn}experts.w2")
     after = (f"{ffn}experts.w1", f"{ffn}experts.w3", f"{ffn}gate.", f"{name}ffn_norm.", f"{name}hc_ffn_")
     before = (f"{attn}.", f"{attn}_norm.", f"{name}hc_attn_")
+    none = Counter[str]()
+    upper = Phase(trains=after, kept=none, working=flow + swiglu, first=others * F, last=others * (D - 2 * F))
     return (
         _Step(
             part="experts",
-            trains=(f"{ffn}shared_experts.", f"{ffn}experts.w2"),
             outside=Counter(streams=y),
             inside=down,
-            working=flow,
+            phase=Phase(trains=start, kept=none, working=flow),
         ),
-        _Step(
-            part="experts",
-            trains=after,
-            outside=Counter(streams=site),
-            inside=experts - down,
-            working=flow + swiglu,
-        ),
+        _Step(part="experts", outside=Counter(streams=site), inside=experts - down, phase=upper),
         _Step(
             part="attention",
-            trains=before,
             outside=Counter(streams=site + y),
             inside=_attention(row, ratio),
-            working=flow,
+            phase=Phase(trains=before, kept=none, working=flow),
         ),
     )
 

@@ -186,15 +186,18 @@ def row_memory(config: TrainConfig, model: Tensors, step: StepPlan) -> RowMemory
     On the fast path a gradient goes into its sum as it comes.
     """
     exact = config.parallel.reduction == "exact"
-    order = phases(*_pass(config, step), apart=config.parallel.mesh.expert if exact else 1)
-    leaves = dict(_leaves(config, model, step))
+    rows = config.parallel.mesh.expert if exact else 1
+    order, leaves = phases(*_pass(config, step), apart=rows), dict(_leaves(config, model, step))
     kept = left = sum(phase.kept.total() for phase in order)
     come = most = 0
     for phase in order:
-        found = [size for name, size in leaves.items() if name.startswith(phase.trains)]
-        passing = 0 if exact else max(found, default=0)
-        most = max(most, left + come + phase.again + phase.working + passing)
-        left, come = left - phase.kept.total(), come + (sum(found) if exact else 0)
+        found = {name: size for name, size in leaves.items() if name.startswith(phase.trains)}
+        passing = 0 if exact else max(found.values(), default=0)
+        # While the first row passes, the others' of w2 are not there yet; while the last does, theirs of w1 and w3 are.
+        others = sum(size for name, size in found.items() if ".experts." in name) * (rows - 1) // rows
+        waiting = max(phase.first - others // 2, phase.last + others) if phase.first else 0
+        most = max(most, left + come + phase.again + phase.working + passing + waiting)
+        left, come = left - phase.kept.total(), come + (sum(found.values()) if exact else 0)
     gradients = sum(leaves.values()) if exact else max(leaves.values())
     return RowMemory(activations=kept, gradients=gradients, most=max(most, come))
 

@@ -42,12 +42,12 @@ MODEL = ranks.model(
     index_n_heads=4,
     index_head_dim=32,
     index_topk=16,
-    n_routed_experts=16,
+    n_routed_experts=24,
     num_experts_per_tok=4,
     moe_intermediate_size=256,
     hc_mult=4,
 )
-"""16 million parameters, three quarters of them in experts."""
+"""22 million parameters, most of them in experts."""
 TOLERANCE = 0.02
 ALONE_1, DATA_2, EXPERT_2 = Mesh(), Mesh(data=2, owners=2), Mesh(data=2, expert=2, owners=2)
 BOTH_4, TWICE_4, EXPERT_4 = (
@@ -118,11 +118,11 @@ def check(found: Told, case: Case, mesh: Mesh, length: int) -> None:
         pytest.param(DATA_2, "fp32", {}, 1024, id="two", marks=pytest.mark.slow),
         pytest.param(DATA_2, "bf16", FAST_BF16, 1024, id="two, fast", marks=pytest.mark.slow),
         pytest.param(EXPERT_2, "bf16", BLOCK, 1024, id="two share out experts, blocks again", marks=pytest.mark.slow),
-        pytest.param(EXPERT_2, "bf16", PARTS, 1024, id="two share out experts, parts again", marks=pytest.mark.slow),
         pytest.param(BOTH_4, "fp32", {}, 512, id="four", marks=pytest.mark.slow),
         pytest.param(BOTH_4, "fp32", FAST, 128, id="four, fast, short rows", marks=pytest.mark.slow),
         pytest.param(TWICE_4, "bf16", FAST_BF16, 1024, id="four, fast, owners twice", marks=pytest.mark.slow),
         pytest.param(TWICE_4, "bf16", BLOCK, 1024, id="four, blocks again", marks=pytest.mark.slow),
+        pytest.param(BOTH_4, "fp32", PARTS, 1024, id="four, parts again", marks=pytest.mark.slow),
         pytest.param(EXPERT_4, "bf16", {}, 512, id="four share out experts", marks=pytest.mark.slow),
     ],
 )
@@ -136,16 +136,16 @@ def test_a_step_takes_what_is_planned(
 @pytest.fixture(scope="module")
 def seen(processes: BaseContext, tmp_path_factory: pytest.TempPathFactory) -> Told:
     """What two ranks take that share out experts; a row takes most there."""
-    return measured(processes, case_of("fp32", {}), EXPERT_2, 512, tmp_path_factory.mktemp("seen"))
+    return measured(processes, case_of("fp32", {}), EXPERT_2, 1024, tmp_path_factory.mktemp("seen"))
 
 
 def test_two_ranks_that_share_out_experts_take_what_is_planned(seen: Told) -> None:
-    check(seen, case_of("fp32", {}), EXPERT_2, 512)
+    check(seen, case_of("fp32", {}), EXPERT_2, 1024)
 
 
 MISTAKES: dict[str, tuple[Any, str, Any]] = {
     "sums of 4 bytes": (plan_memory, "INT64_BYTES", 4),
-    "experts not shared out": (plan_memory, "_held", lambda config, model: 16 * model.expert_elements),
+    "experts not shared out": (plan_memory, "_held", lambda config, model: 24 * model.expert_elements),
     "no gradients": (plan_memory, "_leaves", lambda config, model, step: [("", 0)]),
     "an attention that keeps nothing": (count_memory, "_attention", lambda row, ratio: Counter()),
     "all rows in the experts at once": (plan_memory, "phases", lambda *given, apart: count_memory.phases(*given)),
@@ -156,9 +156,9 @@ MISTAKES: dict[str, tuple[Any, str, Any]] = {
 def test_a_planted_mistake_is_caught(mistake: str, seen: Told, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(*MISTAKES[mistake])
     with pytest.raises(AssertionError):
-        check(seen, case_of("fp32", {}), EXPERT_2, 512)
+        check(seen, case_of("fp32", {}), EXPERT_2, 1024)
 
 
 def test_a_recomputation_that_is_not_planned_is_caught(seen: Told) -> None:
     with pytest.raises(AssertionError):
-        check(seen, case_of("fp32", BLOCK), EXPERT_2, 512)
+        check(seen, case_of("fp32", BLOCK), EXPERT_2, 1024)
