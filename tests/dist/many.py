@@ -74,7 +74,8 @@ def given_by(parts: Parts) -> Told:
     seen, sizes, every = Counter[str](), Counter[str](), set(parts.groups)
     with pytest.MonkeyPatch.context() as patch:
         watch_within(patch, parts.world, seen, sizes)
-        patch.setattr(reduce, "CHUNK", 1 << 40)
+        for module in (reduce, fast):
+            patch.setattr(module, "CHUNK", 1 << 40)
         # No generator makes numbers for tensors without values.
         patch.setattr(fast, "generator_of", lambda *purpose, device: None)
         if isinstance(parts.sums, ExactReduction):
