@@ -28,6 +28,7 @@ METRICS = {
     "speed/model_flops_per_s": "`model.count.training_flops` of the step, rows as one document each, per second of it",
     "speed/product_flops_per_s": "measured FLOP/s of matrix products, all threads; in the first row of a session",
     "speed/utilisation": "speed/model_flops_per_s over the session's speed/product_flops_per_s",
+    "speed/rank_load_max_ratio": "tokens for the fullest expert rank over the mean, all layers of this step, mean over layers; 1 where experts are on one",
     "memory/peak_bytes": "most memory so far: of the GPU where there is one, else of the process",
     "memory/rss_bytes": "memory of the process",
     "schedule/rate": "learning rate of this step",
@@ -124,6 +125,13 @@ def routing(rows: Sequence[RowSums], counts: TermCounts, load_LE: Tensor) -> dic
         "router/entropy_nats": _ratio(entropy, counts.tokens * len(learned)),
         "router/dead_experts": int((load_LE == 0).sum()),
     }
+
+
+def rank_load(load_LE: Tensor, expert_ranks: int) -> float:
+    """How uneven the work of the ranks that share out the experts is: fullest over mean, mean over layers."""
+    load_LR = load_LE.unflatten(1, (expert_ranks, -1)).sum(2)
+    ratios = [_ratio(int(load_R.max()) * expert_ranks, int(load_R.sum())) for load_R in load_LR]
+    return math.fsum(ratios) / len(ratios)
 
 
 def validation(rows: Sequence[RowSums], counts: TermCounts, num_bytes: int, load_LE: Tensor) -> dict[str, Any]:

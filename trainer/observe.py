@@ -54,6 +54,7 @@ class Observer:
         row |= {"optim/grad_norm": result.update.norm, "optim/clip_scale": result.update.clip_scale}
         row |= {f"optim/update_rms/{group}": rms for group, rms in sorted(result.update.update_rms.items())}
         row |= metrics.routing(result.rows, counts, result.load_LE) | biases(parts.model)
+        row["speed/rank_load_max_ratio"] = metrics.rank_load(result.load_LE, parts.world.expert.size)
         if self._is_watched(plan):
             row |= {"router/load_LE": result.load_LE.tolist()} | probe.measure(passes, parts.world) | weight_rms(parts)
         return row

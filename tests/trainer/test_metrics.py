@@ -57,6 +57,13 @@ def test_dead_experts_are_those_without_a_token_in_all_rows() -> None:
     assert metrics.routing(rows, COUNTS, load(rows))["router/dead_experts"] == 1, "hash layers do not count"
 
 
+def test_the_load_of_ranks_is_that_of_their_experts_together() -> None:
+    load_LE = torch.tensor([[9, 1, 2, 0], [3, 3, 3, 3]])
+    assert metrics.rank_load(load_LE, 2) == (10 / 6 + 1) / 2
+    assert metrics.rank_load(load_LE, 4) == (9 / 3 + 1) / 2
+    assert metrics.rank_load(load_LE, 1) == 1
+
+
 def test_losses_by_source_are_over_the_targets_of_its_rows() -> None:
     """Two rows of source 0, one of source 2, none of source 1, and one of source 3 without a target."""
     of_rows = [(6.0, 0, 2), (9.0, 2, 2), (8.0, 0, 3), (0.0, 3, 0)]

@@ -56,6 +56,7 @@ def row(step: int, source: str = "text") -> dict[str, Any]:
         "speed/tokens_per_s": TOKENS / STEP_S + step % 5,
         "speed/model_flops_per_s": 2e9 + 1e7 * (step % 7),
         "speed/product_flops_per_s": 1e10,
+        "speed/rank_load_max_ratio": 1.2,
         "speed/utilisation": 0.2 + 0.001 * (step % 7),
         "memory/peak_bytes": 700 * 2**20,
         "memory/rss_bytes": 500 * 2**20 + step,

@@ -19,7 +19,7 @@ from trainer.report.shapes import heat
 VOID = ("meta", "link", "br", "circle")
 ELSEWHERE = {
     "step", "tokens", "time/run_s", "schedule/mtp_weight", "optim/clip_scale", "time/observe_s", "time/validation_s",
-    "speed/product_flops_per_s", "schedule/row_length",
+    "speed/product_flops_per_s", "speed/rank_load_max_ratio", "schedule/row_length",
 }  # fmt: skip
 """Metrics that are no curve: they are axes, parts of other curves, or in a verdict."""
 
