@@ -10,7 +10,7 @@ from data.config import Report
 from data.open import Data, open_data
 from data.stream import Segment
 from model import names
-from model.config import AttentionMode
+from model.config import AttentionMode, require
 from model.init import initialize
 from model.logical import logical_tensors, parameter_shapes
 from model.transformer import Transformer
@@ -95,6 +95,7 @@ def build(config: TrainConfig, data: Data, device: torch.device, world: World = 
 
     On many ranks each makes the part that it holds, and an optimizer of what it owns.
     """
+    require(config.parallel.pipe == 1, "parallel.pipe", config.parallel.pipe, "1: training in stages is not there yet")
     model = build_model(config, device, world)
     exact = config.parallel.reduction == "exact"
     if world.expert.size > 1:

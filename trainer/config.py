@@ -64,6 +64,13 @@ class ParallelConfig:
     """
 
     pipe: int = 1
+    """Ranks that share out the layers and hand each other the streams, forwards and backwards."""
+    schedule: Literal["1f1b", "dualpipev"] = "1f1b"
+    """The order of forward and backward passes on pipe ranks (trainer/parallel/orders.py)."""
+    stages: tuple[int, ...] = ()
+    """Layers of each chunk of the pipeline, in order; none: balanced by counted cost (trainer/parallel/stages.py)."""
+    stream: Literal["model", "bf16"] = "model"
+    """What the streams travel in between pipe ranks: as they are, or, on the fast path only, rounded to bf16."""
     data: int = 1
     expert: int = 1
     """Ranks that share out the experts of a layer and exchange tokens; divides `data`."""
@@ -79,10 +86,20 @@ class ParallelConfig:
     def __post_init__(self) -> None:
         for key in ("pipe", "data", "expert", "context", "owners_limit"):
             require(getattr(self, key) > 0, key, getattr(self, key), "a positive number of ranks")
-        for key in ("pipe", "context"):
-            require(getattr(self, key) == 1, key, getattr(self, key), "1: larger sizes are not there yet")
+        require(self.context == 1, "context", self.context, "1: larger sizes are not there yet")
+        require(self.pipe > 1 or self.schedule == "1f1b", "schedule", self.schedule, "1f1b where parallel.pipe=1")
+        of_chunks = f"{self.chunks} positive numbers, one for each chunk of the pipeline, or none"
+        fits = len(self.stages) == self.chunks and min(self.stages, default=0) > 0
+        require(not self.stages or fits, "stages", list(self.stages), of_chunks)
+        exact = self.reduction == "exact"
+        require(self.stream == "model" or not exact, "stream", self.stream, "model where parallel.reduction=exact")
         require(self.data % self.expert == 0, "expert", self.expert, f"a divisor of parallel.data={self.data}")
         require(self.check_every_steps >= 0, "check_every_steps", self.check_every_steps, "at least 0 (0 never)")
+
+    @property
+    def chunks(self) -> int:
+        """Parts that the layers are cut into: DualPipeV gives each pipe rank two of them."""
+        return self.pipe * (2 if self.schedule == "dualpipev" else 1)
 
     @property
     def mesh(self) -> Mesh:
@@ -248,10 +265,19 @@ class TrainConfig:
         parallel, experts = self.parallel, self.model.n_routed_experts
         expected = f"a divisor of model.n_routed_experts={experts}"
         require(experts % parallel.expert == 0, "parallel.expert", parallel.expert, expected)
+        self._check_pipe()
         if parallel.expert > 1 and parallel.reduction == "exact":
             width = self.model.moe_intermediate_size
             expected = f"a multiple of {VECTOR} where experts are shared out: else bits depend on who computes them"
             require(width % VECTOR == 0, "model.moe_intermediate_size", width, expected)
-        if parallel.expert > 1 or parallel.reduction == "fast":
-            why = "ranks exchange tokens row by row" if parallel.expert > 1 else "sums have an order"
+        if parallel.expert > 1 or parallel.pipe > 1 or parallel.reduction == "fast":
+            whys = {"ranks exchange tokens": parallel.expert > 1, "stages hand on streams": parallel.pipe > 1}
+            why = next((f"{why} row by row" for why, holds in whys.items() if holds), "sums have an order")
             require(self.threads == 1, "threads", self.threads, f"1 with this parallel section: {why}")
+
+    def _check_pipe(self) -> None:
+        parallel, layers = self.parallel, self.model.num_hidden_layers
+        chunks, given = parallel.chunks, list(parallel.stages)
+        require(chunks <= layers, "parallel.pipe", parallel.pipe, f"at most model.num_hidden_layers={layers} chunks")
+        expected = f"numbers that add up to model.num_hidden_layers={layers}, not {sum(given)}"
+        require(not given or sum(given) == layers, "parallel.stages", given, expected)

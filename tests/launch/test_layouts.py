@@ -21,7 +21,15 @@ IMPOSSIBLE = {
         "threads = 2: expected 1 with this parallel section: ranks exchange tokens row by row"
     ),
     "threads=4 parallel.reduction=fast": "threads = 4: expected 1 with this parallel section: sums have an order",
-    "parallel.pipe=2": "parallel.pipe = 2: expected 1: larger sizes are not there yet",
+    "parallel.pipe=2": "threads = 2: expected 1 with this parallel section: stages hand on streams row by row",
+    "threads=1 parallel.pipe=9": "parallel.pipe = 9: expected at most model.num_hidden_layers=3 chunks",
+    "threads=1 parallel.pipe=2 parallel.stages=[1,2,3]": "parallel.stages = [1, 2, 3]: expected 2 positive numbers, "
+    "one for each chunk of the pipeline, or none",
+    "threads=1 parallel.pipe=2 parallel.stages=[1,1]": "parallel.stages = [1, 1]: expected numbers that add up to "
+    "model.num_hidden_layers=3, not 2",
+    "threads=1 parallel.pipe=2 parallel.stream=bf16": "parallel.stream = bf16: expected model where "
+    "parallel.reduction=exact",
+    "parallel.schedule=dualpipev": "parallel.schedule = dualpipev: expected 1f1b where parallel.pipe=1",
     "parallel.context=4": "parallel.context = 4: expected 1: larger sizes are not there yet",
     "parallel.pipe=0": "parallel.pipe = 0: expected a positive number of ranks",
     "parallel.data=-1": "parallel.data = -1: expected a positive number of ranks",
