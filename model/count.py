@@ -66,6 +66,29 @@ class RowFlops:
         return self.total / self.row_length
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Passes:
+    """FLOP of one row's way through a part of the model, forwards and backwards."""
+
+    forward: int
+    backward: int
+
+    @property
+    def total(self) -> int:
+        return self.forward + self.backward
+
+    def __add__(self, other: "Passes") -> "Passes":
+        return Passes(forward=self.forward + other.forward, backward=self.backward + other.backward)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DepthFlops:
+    """FLOP of one row by depth: of each main layer, and of what follows the last one: collapse, head, MTP branch."""
+
+    layers: tuple[Passes, ...]
+    end: Passes
+
+
 def parameters(config: ModelConfig) -> Counts:
     """Parameters with a gradient by part of the model, the MTP block apart.
 
@@ -104,6 +127,30 @@ def training_flops(config: ModelConfig, row_length: int, mode: AttentionMode) ->
     if mode != "dense":
         main |= _indexer_flops(config, row_length, mode)
     return RowFlops(row_length=row_length, main=main, mtp=mtp)
+
+
+def depth_flops(config: ModelConfig, row_length: int, mode: AttentionMode) -> DepthFlops:
+    """The same FLOP by depth, forward and backward apart: what a pipeline shares out. Their sum is that of the row.
+
+    The embedding is looked up and has none; each layer has its two mHC sites, the end the last collapse.
+    """
+    require(row_length > 0, "row_length", row_length, "at least one token")
+    of_layers: list[list[TensorSpec]] = [[] for _ in range(config.num_hidden_layers)]
+    last: list[TensorSpec] = []
+    for spec in released_tensors(config, experts=1):
+        parts = spec.name.split(".")
+        if not spec.is_mtp and spec.group != "indexer":
+            (of_layers[int(parts[1])] if parts[0] == "layers" else last).append(spec)
+    ending = _linear_macs(config, last, row_length).total() + row_length * _stream_macs(config, 0)
+    ending += _mtp_macs(config, row_length - 1).total()
+    indexer = _indexer_passes(config, row_length, mode)
+    layers = []
+    for specs, ratio in zip(of_layers, config.attention_ratios, strict=True):
+        macs = _linear_macs(config, specs, row_length) + _attention_macs(config, [ratio], row_length, mode)
+        streams = row_length * (_stream_macs(config, 1) - _stream_macs(config, 0))
+        passes = _passes(macs.total() + streams, mode)
+        layers.append(passes + indexer if ratio == CSA_RATIO and mode != "dense" else passes)
+    return DepthFlops(layers=tuple(layers), end=_passes(ending, mode))
 
 
 def forward_macs(config: ModelConfig, positions: int, mode: AttentionMode) -> Counter[str]:
@@ -203,6 +250,21 @@ def _indexer_flops(config: ModelConfig, positions: int, mode: AttentionMode) -> 
         "indexer": FLOP_PER_MAC * DETACHED * positions * linear,
         "indexer_scores": FLOP_PER_MAC * pair * (FORWARD * scored + (TRAINED - FORWARD) * learned),
     }
+
+
+def _passes(macs: int, mode: AttentionMode) -> Passes:
+    """Of products with a gradient to both factors; in the indexer's warm-up they run forward only."""
+    again = 0 if mode == "indexer_warmup" else TRAINED - FORWARD
+    return Passes(forward=FLOP_PER_MAC * FORWARD * macs, backward=FLOP_PER_MAC * again * macs)
+
+
+def _indexer_passes(config: ModelConfig, positions: int, mode: AttentionMode) -> Passes:
+    """Of one layer's indexer; all are alike."""
+    flops = _indexer_flops(config, positions, mode)
+    linear, pair = _indexer_macs(config)
+    forward = FLOP_PER_MAC * FORWARD * (positions * linear + pair * block_pairs(positions, CSA_RATIO))
+    layers = max(1, config.attention_ratios.count(CSA_RATIO))
+    return Passes(forward=forward // layers, backward=(sum(flops.values()) - forward) // layers)
 
 
 def _indexer_macs(config: ModelConfig) -> tuple[int, int]:

@@ -1,0 +1,92 @@
+"""Which layers each chunk of the pipeline has: as told, or so that the dearest pipe rank costs as little as possible.
+
+A chunk is a contiguous range of main layers. 1F1B: rank r of P has chunk r. DualPipeV: ranks have chunks r and
+2 P - 1 - r, so that rank 0 has both ends. The first chunk has the embedding too, which is looked up and costs nothing;
+the last one the head and the MTP branch. Costs are FLOP of a row forwards and backwards, attention sparse
+(`model.count.depth_flops`): the ranks of a run are balanced for one length, its longest, and stay as they are.
+"""
+
+from collections.abc import Iterator, Sequence
+from functools import cache
+from itertools import accumulate, pairwise
+
+from model.config import ModelConfig
+from model.count import depth_flops
+from trainer.config import ParallelConfig
+from trainer.schedule_config import ScheduleConfig
+
+Sizes = tuple[int, ...]
+
+
+def longest_row(schedule: ScheduleConfig) -> int:
+    """The row length that stages are balanced for: the schedule's longest, where a run spends its last tokens."""
+    return max(stage.value for stage in schedule.row_length)
+
+
+def chunk_layers(parallel: ParallelConfig, model: ModelConfig, row_length: int) -> tuple[range, ...]:
+    """The layers of each chunk of the pipeline, in order; every layer once, each chunk at least one.
+
+    row_length: `longest_row` of the run's schedule, the same on all ranks. `parallel.stages`, if given, decides alone.
+    """
+    sizes = parallel.stages
+    if not sizes:
+        flops = depth_flops(model, row_length, "sparse")
+        costs = [layer.total for layer in flops.layers]
+        costs[-1] += flops.end.total
+        sizes = balanced(costs, parallel.pipe, folded=parallel.chunks > parallel.pipe)
+    return tuple(range(first, end) for first, end in pairwise(accumulate(sizes, initial=0)))
+
+
+def layers_of_rank(parallel: ParallelConfig, model: ModelConfig, row_length: int, pipe_rank: int) -> tuple[range, ...]:
+    """The layers of a pipe rank's chunk, or of its two, the earlier first."""
+    chunks = chunk_layers(parallel, model, row_length)
+    return tuple(chunks[chunk] for chunk in chunks_of_rank(parallel.chunks, parallel.pipe, pipe_rank))
+
+
+def chunks_of_rank(chunks: int, ranks: int, rank: int) -> tuple[int, ...]:
+    """The numbers of the chunks that a pipe rank has."""
+    return (rank,) if chunks == ranks else (rank, chunks - 1 - rank)
+
+
+def balanced(costs: Sequence[int], ranks: int, *, folded: bool) -> Sizes:
+    """How many layers each chunk gets. folded: ranks have one chunk from each end, the outer ones first.
+
+    Exact: the dearest rank costs the least that is possible; of those ways, the one with the smallest sum of squares of
+    its chunks' costs, which is the most even; of those, the one with the fewest layers in the first chunk that differs.
+    """
+    total, layers = [0, *accumulate(costs)], len(costs)
+
+    def ways(first: int, end: int, rest: int) -> Iterator[tuple[int, int, int]]:
+        """Layers that the first of the ranks left takes from the front and from the back, and their cost."""
+        last = rest == 1
+        room = end - first - (2 if folded else 1) * (rest - 1)
+        for front in range(room if last and not folded else 1, room + (0 if folded else 1)):
+            for back in range(room - front if last else 1, room - front + 1) if folded else (0,):
+                yield front, back, total[first + front] - total[first] + total[end] - total[end - back]
+
+    @cache
+    def least(first: int, end: int, rest: int) -> int:
+        """Of the dearest of the ranks that share out these layers."""
+        best = total[layers] + 1
+        for front, back, cost in ways(first, end, rest):
+            if cost < best:
+                best = min(best, max(cost, least(first + front, end - back, rest - 1) if rest > 1 else 0))
+        return best
+
+    @cache
+    def evenest(first: int, end: int, rest: int) -> tuple[int, Sizes] | None:
+        """Sum of squares and sizes, None where no way stays below the bound."""
+        found: list[tuple[int, Sizes]] = []
+        for front, back, cost in ways(first, end, rest):
+            if cost <= bound:
+                inner = evenest(first + front, end - back, rest - 1) if rest > 1 else (0, ())
+                behind = total[end] - total[end - back]
+                if inner is not None:
+                    squares = (cost - behind) ** 2 + behind**2 + inner[0]
+                    found.append((squares, (front, *inner[1], *((back,) if folded else ()))))
+        return min(found, default=None)
+
+    bound = least(0, layers, ranks)
+    best = evenest(0, layers, ranks)
+    assert best is not None
+    return best[1]
