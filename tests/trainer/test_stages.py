@@ -93,6 +93,12 @@ def test_ranks_of_released_models_are_close_to_their_mean(name: str, schedule: s
     assert {chunk for own in ranks for chunk in own} == set(chunks)
 
 
+def test_the_end_counts_as_layers_do() -> None:
+    """Head and MTP branch are worth layers, so that the last chunk has fewer."""
+    chunks = chunk_layers(of("1f1b", 4), MODELS["pro"], 65536)
+    assert [len(chunk) for chunk in chunks] == [16, 16, 16, 13]
+
+
 def test_given_stages_are_taken_as_they_are() -> None:
     parallel = ParallelConfig(pipe=2, schedule="dualpipev", stages=(1, 1, 2, 1))
     model = VARIANTS["all features"]

@@ -13,6 +13,7 @@ from itertools import accumulate, pairwise
 from model.config import ModelConfig
 from model.count import depth_flops
 from trainer.config import ParallelConfig
+from trainer.parallel.orders import chunks_of_rank
 from trainer.schedule_config import ScheduleConfig
 
 Sizes = tuple[int, ...]
@@ -40,12 +41,7 @@ def chunk_layers(parallel: ParallelConfig, model: ModelConfig, row_length: int) 
 def layers_of_rank(parallel: ParallelConfig, model: ModelConfig, row_length: int, pipe_rank: int) -> tuple[range, ...]:
     """The layers of a pipe rank's chunk, or of its two, the earlier first."""
     chunks = chunk_layers(parallel, model, row_length)
-    return tuple(chunks[chunk] for chunk in chunks_of_rank(parallel.chunks, parallel.pipe, pipe_rank))
-
-
-def chunks_of_rank(chunks: int, ranks: int, rank: int) -> tuple[int, ...]:
-    """The numbers of the chunks that a pipe rank has."""
-    return (rank,) if chunks == ranks else (rank, chunks - 1 - rank)
+    return tuple(chunks[chunk] for chunk in chunks_of_rank(parallel.schedule, parallel.pipe, pipe_rank))
 
 
 def balanced(costs: Sequence[int], ranks: int, *, folded: bool) -> Sizes:
