@@ -106,20 +106,28 @@ class LayerCache:
 
 
 class Cache:
-    """The state of a batch. lengths: tokens taken in by each row, so far none. limit: the most a row may have."""
+    """The state of a batch. layers: by number. lengths: tokens taken in by each row, so far none. limit: the most."""
 
-    def __init__(self, layers: tuple[LayerCache, ...], rows: int, limit: int) -> None:
+    def __init__(self, layers: dict[int, LayerCache], rows: int, limit: int) -> None:
         self.layers, self.lengths, self.limit = layers, (0,) * rows, limit
 
     def size_bytes(self) -> int:
         """Bytes of all tensors, whether in use yet or not."""
-        return sum(tensor.nbytes for layer in self.layers for tensor in layer.tensors())
+        return sum(tensor.nbytes for layer in self.layers.values() for tensor in layer.tensors())
 
 
 def allocate(
-    config: ModelConfig, rows: int, limit: int, mode: AttentionMode, dtype: torch.dtype, device: torch.device
+    config: ModelConfig,
+    rows: int,
+    limit: int,
+    mode: AttentionMode,
+    dtype: torch.dtype,
+    device: torch.device,
+    numbers: Sequence[int] | None = None,
 ) -> Cache:
     """An empty cache for rows of up to `limit` tokens. Tails are fp32 islands; all else has the model's type.
+
+    numbers: the layers to have one for, default all.
 
     Raises ValueError for a limit beyond max_position_embeddings.
     """
@@ -139,14 +147,15 @@ def allocate(
             logit_before_BMC=torch.full(before, -torch.inf, **fp32),
         )
 
-    layers = tuple(
-        LayerCache(
+    layers = {
+        number: LayerCache(
             window_BWC=torch.zeros(rows, config.sliding_window, config.head_dim, dtype=dtype, device=device),
             entries=compressed(ratio, config.head_dim) if ratio else None,
             keys=compressed(ratio, config.index_head_dim) if ratio == CSA_RATIO and mode == "sparse" else None,
         )
-        for ratio in config.attention_ratios
-    )
+        for number, ratio in enumerate(config.attention_ratios)
+        if numbers is None or number in numbers
+    }
     return Cache(layers, rows, limit)
 
 

@@ -6,6 +6,7 @@ The MTP branch takes no part.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -13,7 +14,6 @@ from torch import Tensor
 from model import indexer
 from model.attend import attend_keys
 from model.attention import Attention, Place
-from model.block import Block
 from model.cache import Cache, LayerCache, allocate, lengths_tensor
 from model.config import AttentionMode
 from model.rope import Rotation
@@ -48,7 +48,7 @@ def prefill(
     """
     assert min(lengths) >= 1
     assert max(lengths) <= token_BT.shape[1] <= limit
-    cache = allocate(model.config, len(token_BT), limit, mode, model.dtype, token_BT.device)
+    cache = allocate(model.config, len(token_BT), limit, mode, model.dtype, token_BT.device, model.numbers)
     cache.lengths = tuple(lengths)
     length_B = lengths_tensor(lengths, token_BT.device)
     # What lies behind a prompt goes on as the same document: nothing before it can see it.
@@ -58,9 +58,11 @@ def prefill(
     def attention(attn: Attention, layer: LayerCache, h_BTD: Tensor) -> Tensor:
         return _attend_rows(attn, layer, h_BTD, place, length_B)
 
-    x_BTND = _walk(model, cache, token_BT, attention)
-    x_B1ND = x_BTND[torch.arange(len(token_BT), device=token_BT.device), length_B - 1].unsqueeze(1)
-    return cache, model.logits(model.hidden(x_B1ND))[:, 0]
+    def end(x_BTND: Tensor) -> Tensor:
+        x_B1ND = x_BTND[torch.arange(len(token_BT), device=token_BT.device), length_B - 1].unsqueeze(1)
+        return model.logits(model.hidden(x_B1ND))[:, 0]
+
+    return cache, model.relay(model, token_BT, partial(_advance, model, cache, token_BT, attention), end)
 
 
 @torch.no_grad()
@@ -79,21 +81,24 @@ def step(model: Transformer, cache: Cache, token_B: Tensor) -> Tensor:
     def attention(attn: Attention, layer: LayerCache, h_B1D: Tensor) -> Tensor:
         return _attend_token(attn, layer, h_B1D, now)
 
-    x_B1ND = _walk(model, cache, token_B.unsqueeze(1), attention)
+    token_B1 = token_B.unsqueeze(1)
+    advance = partial(_advance, model, cache, token_B1, attention)
+    logits_BV = model.relay(model, token_B1, advance, lambda x_B1ND: model.logits(model.hidden(x_B1ND))[:, 0])
     cache.lengths = tuple(length + 1 for length in cache.lengths)
-    return model.logits(model.hidden(x_B1ND))[:, 0]
+    return logits_BV
 
 
-def _walk(
+def _advance(
     model: Transformer,
     cache: Cache,
     token_BT: Tensor,
     attention: Callable[[Attention, LayerCache, Tensor], Tensor],
+    layers: range,
+    x_BTND: Tensor,
 ) -> Tensor:
-    """`Transformer.forward` up to the last streams, with another attention and without loss terms."""
-    x_BTND, document_BT = model.streams(token_BT), torch.zeros_like(token_BT)
-    blocks = [block for block in model.layers if isinstance(block, Block)]
-    for block, layer in zip(blocks, cache.layers, strict=True):
+    """`Transformer.forward` through these layers, with another attention and without loss terms."""
+    document_BT = torch.zeros_like(token_BT)
+    for block, layer in zip(model.stretch(layers), (cache.layers[number] for number in layers), strict=True):
         u_BTD, post, comb = block.site(x_BTND, block.hc_attn_fn, block.hc_attn_base, block.hc_attn_scale)
         x_BTND = block.expand(x_BTND, attention(block.attn, layer, block.attn_norm(u_BTD)), post, comb)
         u_BTD, post, comb = block.site(x_BTND, block.hc_ffn_fn, block.hc_ffn_base, block.hc_ffn_scale)

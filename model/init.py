@@ -27,7 +27,7 @@ def initialize(model: Transformer, config: InitConfig, seed: int) -> None:
     with torch.no_grad():
         for spec in released_tensors(model.config):
             where = names.locate(spec.name)
-            if where.index is None or where.index in model.held:
+            if where.parameter in mine and (where.index is None or where.index in model.held):
                 value = initial_value(spec, config, seed, model.config.n_routed_experts)
                 where.view(mine[where.parameter], model.held.start).copy_(value)
 

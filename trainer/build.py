@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -10,7 +11,7 @@ from data.config import Report
 from data.open import Data, open_data
 from data.stream import Segment
 from model import names
-from model.config import AttentionMode, require
+from model.config import AttentionMode
 from model.init import initialize
 from model.logical import logical_tensors, parameter_shapes
 from model.transformer import Transformer
@@ -24,6 +25,7 @@ from trainer.parallel.apply import apply_kernels, choose_kernels
 from trainer.parallel.expert import apply_experts
 from trainer.parallel.fast import Dtypes, EarlyHandout, FastSum
 from trainer.parallel.owners import ExactReduction, Handout, Ownership
+from trainer.parallel.stages import chunk_layers, layers_of_rank, longest_row
 from trainer.parallel.world import ALONE, World
 from trainer.pieces import Piece, whole
 from trainer.pool import RowPool
@@ -31,6 +33,9 @@ from trainer.reader import Reader, restore
 from trainer.schedule import StepPlans
 from trainer.schedule_config import ScheduleConfig
 from trainer.step import Parts
+
+if TYPE_CHECKING:
+    from trainer.parallel.pipeline import Pipeline
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -95,14 +100,13 @@ def build(config: TrainConfig, data: Data, device: torch.device, world: World = 
 
     On many ranks each makes the part that it holds, and an optimizer of what it owns.
     """
-    require(config.parallel.pipe == 1, "parallel.pipe", config.parallel.pipe, "1: training in stages is not there yet")
     model = build_model(config, device, world)
     exact = config.parallel.reduction == "exact"
     if world.expert.size > 1:
         apply_experts(model, world.expert, exact=exact)
     shared = {name: tensor for name, tensor in model.named_parameters() if names.alias_of(name) is None}
     every, shapes = members(logical_tensors(config.model)), parameter_shapes(config.model)
-    ownership = Ownership(every, shapes, model.held, world)
+    ownership = Ownership(every, shapes, model, world)
     pool = RowPool(model, config.threads if device.type == "cpu" else 1)
     for view in pool.views:
         apply_kernels(view, choose_kernels(config, device))
@@ -133,9 +137,22 @@ def build(config: TrainConfig, data: Data, device: torch.device, world: World = 
         device=device,
         world=world,
         ownership=ownership,
+        pipeline=_pipeline(config, model, world) if config.parallel.pipe > 1 else None,
     )
     table = groups.table(every, shapes, config.optim)
     return Built(config=config, data=data, parts=parts, plans=schedule.plan(config.schedule), table=table)
+
+
+def _pipeline(config: TrainConfig, model: Transformer, world: World) -> "Pipeline":
+    """The schedule of this rank's stage; its model relays streams from now on."""
+    from trainer.parallel.pipeline import pipeline
+
+    parallel = config.parallel
+    chunks = chunk_layers(parallel, config.model, longest_row(config.schedule))
+    travels = torch.bfloat16 if parallel.stream == "bf16" else model.dtype
+    made = pipeline(model, parallel.schedule, chunks, world.column, travels)
+    model.relay = made.relay
+    return made
 
 
 def _sums(
@@ -156,8 +173,10 @@ def build_model(config: TrainConfig, device: torch.device, world: World = ALONE)
     number, share = config.model.n_routed_experts, world.place.expert
     each = number // world.mesh.expert
     held = range(share * each, (share + 1) * each)
+    chunks = layers_of_rank(config.parallel, config.model, longest_row(config.schedule), world.place.pipe)
+    layers = [number for chunk in chunks for number in chunk]
     with device:
-        model = Transformer(config.model, DTYPES[config.precision.dtype], held)
+        model = Transformer(config.model, DTYPES[config.precision.dtype], held, layers)
     if device.type != "meta":
         initialize(model, config.init, config.seed)
     return model

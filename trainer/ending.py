@@ -51,7 +51,7 @@ def finish(built: Built, run_folder: RunFolder, held_out: HeldOut, say: Callable
     results = {}
     config, world = built.config, built.parts.world
     mode = attention_after(config.schedule, len(built.plans))
-    final = held_out.measure(built.parts.pool, mode, world)
+    final = held_out.measure(built.parts.pool, mode, world, built.parts.pipeline)
     # Before what the first rank does alone, and for which the others would wait.
     text = _sample(built, mode)
     say(f"held-out loss {final['validation/loss']:.4f} nats, {final['validation/bits_per_byte']:.4f} bits per byte")

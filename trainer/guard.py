@@ -198,9 +198,10 @@ def _replicas(parts: Parts, tensors: Mapping[str, Tensor]) -> list[tuple[Group, 
         parameter = name.split("/", 1 if of_model else 2)[-1].partition("[")[0]
         is_expert, world = parts.ownership.is_expert(parameter), parts.world
         groups = (world.replicas, None) if is_expert else (world.data, world.same_owners)
-        group = groups[0 if of_model else 1]
-        if group is not None and group.size > 1:
-            found.setdefault(group.ranks, (group, []))[1].append(name)
+        ends = world.ends if of_model and parameter in parts.ownership.tied else None
+        for group in (groups[0 if of_model else 1], ends):
+            if group is not None and group.size > 1:
+                found.setdefault(group.ranks, (group, []))[1].append(name)
     return list(found.values())
 
 

@@ -1,7 +1,8 @@
 """A checkpoint's tensors on one rank: which rows it holds, and which of these it writes for all.
 
 Weights are held by every rank that computes with them and written by their owner; optimizer state is its owner's alone.
-Of owners of the same dense rows (`Mesh.same_owner_group`) the first writes; the buffers are rank 0's to write.
+Of owners of the same dense rows (`Mesh.same_owner_group`) the first writes; buffers are for the first data rank to
+write, and what two stages have for the first stage.
 """
 
 from collections.abc import Iterator
@@ -35,7 +36,7 @@ def written(parts: Parts) -> dict[str, list[Piece]]:
     ownership, world, pieces = parts.ownership, parts.world, dict[str, list[Piece]]()
     tensors = names.tensors(parts.model)
     for name, tensor in tensors.items():
-        if name not in parts.groups and world.is_first:
+        if name not in parts.groups and world.place.data == 0:
             pieces[f"model/{name}"] = [Piece(tensor=tensor, shape=tuple(tensor.shape))]
     for span in ownership.spans:
         if _writes(parts, span):
@@ -49,15 +50,17 @@ def written(parts: Parts) -> dict[str, list[Piece]]:
 
 
 def names_of_all(parts: Parts) -> set[str]:
-    """The names of a whole checkpoint, whoever holds its tensors."""
+    """The names of a whole checkpoint, whoever holds its tensors; all ranks call this alike."""
     found = {f"model/{name}" for name in names.tensors(parts.model)}
     parameters = dict(parts.model.named_parameters())
     for name, kind in parts.ownership.kinds.items():
+        if name not in parameters:
+            continue
         state = {"momentum"} if kind == "matrix" else {"exp_avg", "exp_avg_sq", "updates"}
         if parameters[name].dtype not in (torch.float32, torch.float64):
             state.add("master")
         found |= {f"optimizer/{one}/{name}" for one in state}
-    return found
+    return set().union(*parts.world.gather(found))
 
 
 def _state(parts: Parts) -> Iterator[tuple[str, Span, Piece]]:
@@ -78,4 +81,6 @@ def _piece(shape: tuple[int, ...], span: Span, tensor: Tensor) -> Piece:
 
 
 def _writes(parts: Parts, span: Span) -> bool:
+    if parts.ownership.is_told_elsewhere(span.parameter):
+        return False
     return parts.groups[span.parameter] == EXPERTS or parts.world.same_owners.index == 0

@@ -1,6 +1,9 @@
 """Seconds between marks on one device, for the time split of a step."""
 
+import math
 import time
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 
@@ -28,6 +31,52 @@ class Laps:
         if isinstance(self._marks[-1], torch.cuda.Event):
             self._marks[-1].synchronize()
         return [_between(start, end) for start, end in zip(self._marks, self._marks[1:], strict=False)]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PassLaps:
+    """The laps of a row's two passes through some layers: forward, backward, sums."""
+
+    forward: Laps
+    backward: Laps
+
+    def seconds(self) -> list[float]:
+        """All three."""
+        return [*self.forward.seconds(), *self.backward.seconds()]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepSeconds:
+    """Where a step's time went. forward, backward, reduce: summed over rows, divided by the rows side by side.
+
+    pipe: the rest of the rows' time where they go through stages: sending, and waiting for other stages.
+    exchange: bringing the ranks' sums together, and handing out new weights.
+    """
+
+    wait: float
+    forward: float
+    backward: float
+    reduce: float
+    pipe: float
+    exchange: float
+    update: float
+
+
+def seconds_of(whole_step: Laps, rows: Sequence[Laps | PassLaps], threads: int, *, staged: bool) -> StepSeconds:
+    """Laps of the step: wait, rows, reduction, update, publishing; of a row: forward, backward, reduce."""
+    wait, whole_rows, reduction, update, publishing = whole_step.seconds()
+    side_by_side = max(min(threads, len(rows)), 1)
+    by_part = zip(*(laps.seconds() for laps in rows), strict=True)
+    forward, backward, reduce = (math.fsum(part) / side_by_side for part in by_part) if rows else (0.0, 0.0, 0.0)
+    return StepSeconds(
+        wait=wait,
+        forward=forward,
+        backward=backward,
+        reduce=reduce,
+        pipe=whole_rows - forward - backward - reduce if staged else 0.0,
+        exchange=reduction + publishing,
+        update=update,
+    )
 
 
 def _between(start: "float | torch.cuda.Event", end: "float | torch.cuda.Event") -> float:

@@ -62,7 +62,7 @@ def run_steps(built: Built, outlets: Outlets, observer: Observer, first_step: in
         row["time/run_s"] = time.perf_counter() - begun
         if done % built.config.validation.every_steps == 0 or done == len(built.plans):
             built.parts.handout.settle()
-            row |= observer.held_out.measure(built.parts.pool, plan.attention, world)
+            row |= observer.held_out.measure(built.parts.pool, plan.attention, world, built.parts.pipeline)
             row["time/validation_s"] = time.perf_counter() - begun - row["time/run_s"]
         _emit(outlets, row)
         save_s = 0.0

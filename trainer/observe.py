@@ -13,6 +13,7 @@ from model.layers import island_dtype
 from model.transformer import Transformer
 from trainer import machine, metrics, probe, together
 from trainer.build import Built
+from trainer.parallel.world import ALONE, World
 from trainer.probe import Pass
 from trainer.schedule import StepPlan
 from trainer.step import Parts, StepResult
@@ -53,7 +54,8 @@ class Observer:
         row["loss/bits_per_byte"] = metrics.bits_per_byte(result.rows, num_bytes)
         row |= {"optim/grad_norm": result.update.norm, "optim/clip_scale": result.update.clip_scale}
         row |= {f"optim/update_rms/{group}": rms for group, rms in sorted(result.update.update_rms.items())}
-        row |= metrics.routing(result.rows, counts, result.load_LE) | biases(parts.model)
+        row |= metrics.routing(result.rows, counts, result.load_LE)
+        row |= biases(parts.model, parts.world)
         row["speed/rank_load_max_ratio"] = metrics.rank_load(result.load_LE, parts.world.expert.size)
         if self._is_watched(plan):
             row |= {"router/load_LE": result.load_LE.tolist()} | probe.measure(passes, parts.world) | weight_rms(parts)
@@ -84,13 +86,12 @@ def _plan(plan: StepPlan, step_s: float) -> dict[str, Any]:
     }
 
 
-def biases(model: Transformer) -> dict[str, float]:
+def biases(model: Transformer, world: World = ALONE) -> dict[str, float]:
     """The range of the router biases; nothing where all layers are hash-routed."""
     learned = [block.ffn.gate.bias for block in model.blocks() if not block.ffn.gate.hashed]
-    if not learned:
-        return {}
-    bias_LE = torch.stack(learned)
-    return {"router/bias_min": float(bias_LE.min()), "router/bias_max": float(bias_LE.max())}
+    own = [float(bound) for bias_E in learned for bound in (bias_E.min(), bias_E.max())]
+    bounds = [bound for of_rank in world.gather(own) for bound in of_rank]
+    return {"router/bias_min": min(bounds), "router/bias_max": max(bounds)} if bounds else {}
 
 
 @torch.no_grad()

@@ -69,7 +69,7 @@ class RowPool:
 def view_of(model: Transformer) -> Transformer:
     """A second model over the same storage: its parameters have gradients of their own, its buffers are the same."""
     with torch.device("meta"):
-        view = Transformer(model.config, model.dtype, model.held)
+        view = Transformer(model.config, model.dtype, model.held, model.numbers)
     for mine, original in zip(view.modules(), model.modules(), strict=True):
         for name, parameter in original.named_parameters(recurse=False):
             setattr(mine, name, nn.Parameter(parameter.data))

@@ -1,6 +1,8 @@
 """One packed row through the model: the leaf of every sum. Losses by term as sums, gradients into `p.grad`."""
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,7 +21,7 @@ class RowSums:
 
     load_LE: int64 counted tokens per expert and layer, the MTP block last. entropy_L: router entropy by layer.
     recall_L: (hits, picks) of the indexer by layer, None where a layer has none or it was not measured.
-    source: number of the row's data source. targets: its learned targets.
+    source: number of the row's data source. targets: its learned targets. layers: the numbers of these layers.
     """
 
     lm: float
@@ -31,6 +33,21 @@ class RowSums:
     recall_L: tuple[tuple[int, int] | None, ...]
     source: int
     targets: int
+    layers: tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Passed:
+    """What a forward pass leaves. end: where the backward pass begins, the loss; the streams for the next layers.
+
+    lm, mtp: the loss sums, 0 where the last layer did not run. end is None where nothing here learns.
+    """
+
+    output: Output
+    lm: Tensor
+    mtp: Tensor
+    end: Tensor | None
+    layers: tuple[int, ...]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -78,35 +95,72 @@ def count_rows(batch: Batch) -> TermCounts:
 
 def learn(model: Transformer, row: Batch, mode: AttentionMode, weights: Weights, laps: Laps | None = None) -> RowSums:
     """Forward and backward of one row, all terms. Gradients are left in the parameters' `grad`; two laps if timed."""
-    output = model(row.token_BT, row.document_BT, row.position_BT, mode=mode, scales=weights.layers)
-    lm, mtp = heads(model, output, row)
-    _mark(laps)
-    (lm * weights.lm + mtp * weights.mtp).backward()
-    _mark(laps)
-    return _sums(output, lm, mtp, row)
+    return _learn(forward(model, row, mode, weights), row, laps)
 
 
 def learn_indexer(model: Transformer, row: Batch, weights: Weights, laps: Laps | None = None) -> RowSums:
     """Forward with dense attention and backward of the indexers' terms alone (warm-up stage, V3.2 2.1)."""
-    output = model(row.token_BT, row.document_BT, row.position_BT, mode="indexer_warmup")
-    terms = [layer.indexer.kl_sum for layer in output.layers if layer.indexer is not None]
-    with torch.no_grad():
+    return _learn(forward(model, row, "indexer_warmup", weights), row, laps)
+
+
+def _learn(passed: Passed, row: Batch, laps: Laps | None) -> RowSums:
+    _mark(laps)
+    assert passed.end is not None, "the whole model has something to learn"
+    passed.end.backward()
+    _mark(laps)
+    return sums(passed, row)
+
+
+def forward(
+    model: Transformer,
+    row: Batch,
+    mode: AttentionMode,
+    weights: Weights,
+    x_BTND: Tensor | None = None,
+    layers: range | None = None,
+) -> Passed:
+    """The forward pass of one row through `layers`, default all; x_BTND: see `Transformer.forward`."""
+    warmup = mode == "indexer_warmup"
+    output = model(
+        row.token_BT,
+        row.document_BT,
+        row.position_BT,
+        mode=mode,
+        scales=None if warmup else weights.layers,
+        x_BTND=x_BTND,
+        layers=layers,
+    )
+    with torch.set_grad_enabled(torch.is_grad_enabled() and not warmup):
         lm, mtp = heads(model, output, row)
-    _mark(laps)
-    (torch.stack(terms).sum() * weights.layers.indexer).backward()
-    _mark(laps)
-    return _sums(output, lm, mtp, row)
+    if warmup:
+        terms = [layer.indexer.kl_sum for layer in output.layers if layer.indexer is not None]
+        end = torch.stack(terms).sum() * weights.layers.indexer if terms else None
+    else:
+        end = lm * weights.lm + mtp * weights.mtp if output.x_BTND is None else output.x_BTND
+    return Passed(output=output, lm=lm, mtp=mtp, end=end, layers=_numbers(model, output, layers))
 
 
 @torch.no_grad()
-def measure(model: Transformer, row: Batch, mode: AttentionMode) -> RowSums:
+def measure(
+    model: Transformer, row: Batch, mode: AttentionMode, x_BTND: Tensor | None = None, layers: range | None = None
+) -> Passed:
     """Forward only, with the indexer's recall of the dense selection where an indexer runs."""
-    output = model(row.token_BT, row.document_BT, row.position_BT, mode=mode, measure_recall=True)
-    return _sums(output, *heads(model, output, row), row)
+    ids = row.token_BT, row.document_BT, row.position_BT
+    output = model(*ids, mode=mode, measure_recall=True, x_BTND=x_BTND, layers=layers)
+    lm, mtp = heads(model, output, row)
+    return Passed(output=output, lm=lm, mtp=mtp, end=output.x_BTND, layers=_numbers(model, output, layers))
+
+
+def _numbers(model: Transformer, output: Output, layers: range | None) -> tuple[int, ...]:
+    """The numbers of the layers that ran; the MTP block's is the next after the last."""
+    depth = model.config.num_hidden_layers
+    return (*(range(depth) if layers is None else layers), *((depth,) if output.mtp else ()))
 
 
 def heads(model: Transformer, output: Output, row: Batch) -> tuple[Tensor, Tensor]:
-    """The loss sums (lm, mtp) behind the two heads, in nats."""
+    """The loss sums (lm, mtp) behind the two heads, in nats; 0 where the last layer did not run."""
+    if output.h_BTD is None:
+        return torch.zeros(()), torch.zeros(())
     lm = cross_entropy_sum(output.h_BTD, model.head.weight, row.target_BT)
     if output.mtp_h_BTD is None:
         return lm, torch.zeros_like(lm)
@@ -115,13 +169,15 @@ def heads(model: Transformer, output: Output, row: Batch) -> tuple[Tensor, Tenso
     return lm, cross_entropy_sum(output.mtp_h_BTD, branch.head.weight, target_BT)
 
 
-def _sums(output: Output, lm: Tensor, mtp: Tensor, row: Batch) -> RowSums:
+def sums(passed: Passed, row: Batch) -> RowSums:
+    """What a forward pass has found, in numbers."""
+    output = passed.output
     layers: tuple[BlockStatistics, ...] = output.layers + ((output.mtp,) if output.mtp else ())
     indexers = [layer.indexer for layer in layers]
     recalls = [None if of is None else of.recall for of in indexers]
     return RowSums(
-        lm=lm.item(),
-        mtp=mtp.item(),
+        lm=passed.lm.item(),
+        mtp=passed.mtp.item(),
         balance_L=tuple(_number(layer.router.balance_sum) for layer in layers),
         indexer_L=tuple(None if of is None else of.kl_sum.item() for of in indexers),
         load_LE=torch.stack([layer.router.load_E for layer in layers]).cpu(),
@@ -129,6 +185,27 @@ def _sums(output: Output, lm: Tensor, mtp: Tensor, row: Batch) -> RowSums:
         recall_L=tuple(None if recall is None else (int(recall[0]), int(recall[1])) for recall in recalls),
         source=int(row.source_B[0]),
         targets=int((row.target_BT >= 0).sum()),
+        layers=passed.layers,
+    )
+
+
+def join(parts: Sequence[RowSums]) -> RowSums:
+    """The sums of one row from those of its layers, which were computed apart: each layer is in one part."""
+    if len(parts) == 1:
+        return parts[0]
+    places = sorted((number, part, at) for part, one in enumerate(parts) for at, number in enumerate(one.layers))
+
+    def by_layer(name: str) -> tuple[Any, ...]:
+        return tuple(getattr(parts[part], name)[at] for _, part, at in places)
+
+    loads = [parts[part].load_LE[at : at + 1] for _, part, at in places]
+    return replace(
+        parts[0],
+        lm=sum(one.lm for one in parts),
+        mtp=sum(one.mtp for one in parts),
+        load_LE=torch.cat(loads),
+        layers=tuple(number for number, _, _ in places),
+        **{name: by_layer(name) for name in ("balance_L", "indexer_L", "entropy_L", "recall_L")},
     )
 
 

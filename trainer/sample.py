@@ -84,7 +84,7 @@ def generate(
     Raises ValueError where prompt and text do not fit into max_position_embeddings.
     """
     rows = [[tokenizer.bos_id, *(int(token) for token in tokenizer.encode(prompt))] for prompt in prompts]
-    lengths, device = [len(ids) for ids in rows], model.embed.weight.device
+    lengths, device = [len(ids) for ids in rows], model.device
     padded = [ids + [tokenizer.bos_id] * (max(lengths) - len(ids)) for ids in rows]
     limit = max(lengths) + max(config.tokens, 1) - 1
     begun = prefill(model, torch.tensor(padded, device=device), lengths, limit=limit, mode=mode)

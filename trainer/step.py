@@ -4,9 +4,9 @@ A row is a leaf: it runs alone, and its gradients enter an order-free sum. So th
 rows are grouped nor on who computes them (promise 3 of the design).
 """
 
-import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -21,15 +21,19 @@ from optim.optimizer import Optimizer, UpdateStats
 from trainer import row, together
 from trainer.config import LossConfig
 from trainer.debug.fault import Fault, NonFinite, require_finite
-from trainer.laps import Laps
+from trainer.laps import Laps, PassLaps, StepSeconds, seconds_of
 from trainer.parallel.expert import leaves, stand_by
 from trainer.parallel.fast import FastSum
 from trainer.parallel.mesh import rows_of
 from trainer.parallel.owners import ExactReduction, Handout, Ownership
 from trainer.parallel.world import World
+from trainer.passes import Learning
 from trainer.pool import RowPool
 from trainer.row import RowSums, TermCounts, Weights
 from trainer.schedule import StepPlan
+
+if TYPE_CHECKING:
+    from trainer.parallel.pipeline import Pipeline
 
 Verify = Callable[[], None]
 
@@ -43,6 +47,7 @@ class Parts:
     """What a step works on. pool: the model, as often as rows run at the same time. groups: by parameter name.
 
     world: the ranks that take the step together. ownership: whose the optimizer's tensors are. handout: of weights.
+    pipeline: what runs the rows where the layers are shared out.
     """
 
     pool: RowPool
@@ -55,25 +60,11 @@ class Parts:
     device: torch.device
     world: World
     ownership: Ownership
+    pipeline: "Pipeline | None" = None
 
     @property
     def model(self) -> Transformer:
         return self.pool.model
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class StepSeconds:
-    """Where a step's time went. forward, backward, reduce: summed over rows, divided by the rows side by side.
-
-    exchange: bringing the ranks' sums together, and handing out new weights.
-    """
-
-    wait: float
-    forward: float
-    backward: float
-    reduce: float
-    exchange: float
-    update: float
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -96,6 +87,24 @@ class Complaint:
     reason: str
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RowsHere:
+    """This rank's rows of a step. mine: their numbers by turn, None where it has none; turns: those that it takes."""
+
+    batch: Batch
+    mine: Sequence[int | None]
+    turns: Sequence[int]
+    device: torch.device
+
+    def pick(self, turn: int) -> Batch | None:
+        """The row of a turn as a batch of one, on the device."""
+        return None if self.mine[turn] is None else row.pick(self.batch, turn, self.device)
+
+
+Outcome = RowSums | Complaint | None
+"""What became of a row; None: nothing was computed."""
+
+
 def train_step(parts: Parts, plan: StepPlan, stopped: Callable[[], bool], verify: Verify = skip) -> StepResult | None:
     """Run one step; None, with nothing changed, if `stopped()` turned true between two rows (on one process).
 
@@ -114,30 +123,13 @@ def train_step(parts: Parts, plan: StepPlan, stopped: Callable[[], bool], verify
         train_only(view, parts.groups, frozen)
     active = {name for name, group in parts.groups.items() if group not in frozen}
     parts.sums.begin(plan.step, active)
-    row_laps: list[Laps] = []
-
-    def leaf(model: Transformer, turn: int) -> RowSums | Complaint | None:
-        if stopped():
-            return None
-        parts.sums.begin_row(last=turn == turns[-1])
-        laps, index = Laps(parts.device), mine[turn]
-        if index is None:
-            stand_by(model, backward=plan.attention != "indexer_warmup")
-            return _collect(parts, model, turn)
-        try:
-            result = learn(model, row.pick(batch, turn, parts.device), plan.attention, weights, laps)
-            require_finite(result)
-        except FloatingPointError as error:
-            # What the round has left of others' rows is looked at all the same: an earlier one may be at fault, too.
-            return _first([Complaint(index=index, reason=str(error)), _collect(parts, model, turn)])
-        complaint = _collect(parts, model, turn)
-        laps.mark()
-        row_laps.append(laps)
-        return complaint or result
-
     # All rows end before the first fault is told of, so that it does not depend on which thread was faster.
     turns = [turn for turn, index in enumerate(mine) if index is not None or parts.world.expert.size > 1]
-    results = list(parts.pool.map(leaf, turns))
+    rows_here = RowsHere(batch=batch, mine=mine, turns=turns, device=parts.device)
+    if parts.pipeline is None:
+        results, row_laps = _run_alone(parts, plan, weights, rows_here, stopped)
+    else:
+        results, row_laps = _run_stage(parts, parts.pipeline, plan, weights, rows_here)
     verify()  # first: a flipped bit may be why a row is at fault
     _refuse_complaints(parts, plan, weights, [result for result in results if isinstance(result, Complaint)])
     by_turn = [(mine[turn], result) for turn, result in zip(turns, results, strict=True)]
@@ -154,8 +146,68 @@ def train_step(parts: Parts, plan: StepPlan, stopped: Callable[[], bool], verify
     if plan.attention != "indexer_warmup":
         update_biases(parts.model, load_LE, parts.loss.bias_update_speed)
     whole_step.mark()
-    seconds = _seconds(whole_step, row_laps, parts.pool.width)
+    seconds = seconds_of(whole_step, row_laps, parts.pool.width, staged=parts.pipeline is not None)
     return StepResult(batch=batch, counts=counts, rows=rows, load_LE=load_LE, update=update, seconds=seconds)
+
+
+def _run_alone(
+    parts: Parts, plan: StepPlan, weights: Weights, here: RowsHere, stopped: Callable[[], bool]
+) -> tuple[list[Outcome], list[Laps | PassLaps]]:
+    """The rows through the whole model, side by side where there are threads."""
+    row_laps: list[Laps | PassLaps] = []
+
+    def leaf(model: Transformer, turn: int) -> Outcome:
+        if stopped():
+            return None
+        parts.sums.begin_row(last=turn == here.turns[-1])
+        laps, index, one = Laps(parts.device), here.mine[turn], here.pick(turn)
+        if index is None or one is None:
+            _stand_by(model, plan.attention)
+            return _collect(parts, model, turn)
+        try:
+            result = learn(model, one, plan.attention, weights, laps)
+            require_finite(result)
+        except FloatingPointError as error:
+            # What the round has left of others' rows is looked at all the same: an earlier one may be at fault, too.
+            return _first([Complaint(index=index, reason=str(error)), _collect(parts, model, turn)])
+        complaint = _collect(parts, model, turn)
+        laps.mark()
+        row_laps.append(laps)
+        return complaint or result
+
+    return list(parts.pool.map(leaf, here.turns)), row_laps
+
+
+def _run_stage(
+    parts: Parts, pipeline: "Pipeline", plan: StepPlan, weights: Weights, here: RowsHere
+) -> tuple[list[Outcome], list[Laps | PassLaps]]:
+    """The rows through this rank's stage, in the order of its schedule: what its layers found, or complain of."""
+    complaints: dict[int, list[Complaint | None]] = {turn: [] for turn in here.turns}
+
+    def begin(turn: int) -> None:
+        # Of two chunks one is done before the other: then nothing leaves before both are.
+        parts.sums.begin_row(last=turn == here.turns[-1] and len(pipeline.chunks) == pipeline.column.size)
+
+    def finish(turn: int, found: RowSums | None) -> None:
+        index = here.mine[turn]
+        if found is not None and index is not None:
+            try:
+                require_finite(found)
+            except FloatingPointError as error:
+                complaints[turn].append(Complaint(index=index, reason=str(error)))
+        complaints[turn].append(_collect(parts, parts.model, turn))
+
+    stage = pipeline.stage(plan.row_length)
+    passes = Learning(stage, here.pick, plan.attention, weights, begin=begin, finish=finish)
+    pipeline.learn(passes, here.turns, plan.row_length)
+    return [_first(complaints[turn]) or passes.sums(turn) for turn in here.turns], [*passes.laps]
+
+
+def _stand_by(model: Transformer, mode: AttentionMode) -> None:
+    """A round in which others have rows and this rank has none, forwards and, if they have one, backwards."""
+    end = stand_by(model, backward=mode != "indexer_warmup")
+    if end.requires_grad:
+        end.backward()
 
 
 def learn(model: Transformer, one: Batch, mode: AttentionMode, weights: Weights, laps: Laps | None = None) -> RowSums:
@@ -174,7 +226,7 @@ def frozen_groups(mode: AttentionMode, groups: dict[str, str]) -> frozenset[str]
 
 def update_biases(model: Transformer, load_LE: Tensor, speed: float) -> None:
     """The auxiliary-loss-free rule, from the loads of the whole step, all ranks' rows (V3 2.1.2)."""
-    for block, load_E in zip(model.blocks(), load_LE, strict=True):
+    for block, load_E in zip(model.blocks(), load_LE[list(model.block_numbers)], strict=True):
         gate = block.ffn.gate
         if not gate.hashed:
             update_bias(gate.bias, load_E.to(gate.bias.device), speed)
@@ -222,21 +274,13 @@ def _refuse_complaints(parts: Parts, plan: StepPlan, weights: Weights, mine: Seq
     if first == plan.rows:
         return
     reasons = parts.world.gather(own.reason if own is not None and own.index == first else None)
-    # The rank that has the row knows most: others have a part of its gradients.
-    reason = reasons[first % parts.world.mesh.data] or next(filter(None, reasons))
+    # The ranks that have the row know most: others have a part of its gradients. Of stages, that with the losses.
+    column = parts.world.mesh.column_group(first % parts.world.mesh.data)
+    told = list(filter(None, (reasons[rank] for rank in column))) or list(filter(None, reasons))
+    reason = min(told, key=lambda reason: not reason.startswith(("loss/lm", "loss/mtp")))
     one = parts.stream.rows(plan.segment, plan.first_row + first, 1)
     raise NonFinite(Fault(index=first, row=row.pick(one, 0, parts.device), plan=plan, weights=weights, reason=reason))
 
 
 def _weights(parts: Parts) -> dict[str, Tensor]:
     return {name: parameter.detach() for name, parameter in parts.model.named_parameters() if name in parts.groups}
-
-
-def _seconds(whole_step: Laps, rows: list[Laps], threads: int) -> StepSeconds:
-    """Laps of the step: wait, rows, reduction, update, publishing; of a row: forward, backward, reduce."""
-    wait, _, reduction, update, publishing = whole_step.seconds()
-    side_by_side = max(min(threads, len(rows)), 1)
-    by_part = zip(*(laps.seconds() for laps in rows), strict=True)
-    forward, backward, reduce = (math.fsum(part) / side_by_side for part in by_part) if rows else (0.0, 0.0, 0.0)
-    exchange = reduction + publishing
-    return StepSeconds(wait=wait, forward=forward, backward=backward, reduce=reduce, exchange=exchange, update=update)

@@ -14,7 +14,7 @@ from data.stream import Stream
 from model.losses import TermCounts
 from trainer import provenance
 from trainer.parallel.world import World
-from trainer.row import RowSums
+from trainer.row import RowSums, join
 from trainer.schedule import StepPlan
 
 T = TypeVar("T")
@@ -77,14 +77,19 @@ def require_alike(world: World, facts: Mapping[str, Any]) -> None:
 def count(world: World, counts: TermCounts) -> TermCounts:
     """The denominators of the whole step."""
     names = [field.name for field in fields(TermCounts)]
-    total = torch.tensor([getattr(counts, name) for name in names])
+    total = torch.tensor([getattr(counts, name) for name in names]) * _tells(world)
     world.control.add(total)
     return TermCounts(**dict(zip(names, total.tolist(), strict=True)))
 
 
+def _tells(world: World) -> bool:
+    """Whether this rank is the one that tells of its rows: the other stages have the same."""
+    return world.place.pipe == 0
+
+
 def add(world: World, number: int) -> int:
-    """The sum of all ranks' integers."""
-    total = torch.tensor(number)
+    """The sum of integers, each of which tells of a rank's rows."""
+    total = torch.tensor(number * _tells(world))
     world.control.add(total)
     return int(total)
 
@@ -92,10 +97,13 @@ def add(world: World, number: int) -> int:
 def gather_rows(world: World, mine: Mapping[int, RowSums]) -> tuple[tuple[RowSums, ...], Tensor]:
     """The sums of all ranks' rows by number, without their loads, and the loads of all together: load_LE."""
     light = {index: replace(one, load_LE=one.load_LE[:0]) for index, one in mine.items()}
-    found = {index: one for of_rank in world.gather(light) for index, one in of_rank.items()}
-    rows = tuple(found[index] for index in sorted(found))
-    load_LE = torch.zeros(len(rows[0].entropy_L), rows[0].load_LE.shape[1], dtype=torch.int64)
+    found: dict[int, list[RowSums]] = {}
+    for of_rank in world.gather(light):
+        for index, one in of_rank.items():
+            found.setdefault(index, []).append(one)
+    rows = tuple(join(found[index]) for index in sorted(found))
+    load_LE = torch.zeros(len(rows[0].layers), rows[0].load_LE.shape[1], dtype=torch.int64)
     for one in mine.values():
-        load_LE += one.load_LE
+        load_LE[list(one.layers)] += one.load_LE
     world.control.add(load_LE)
     return rows, load_LE

@@ -1,7 +1,7 @@
 """The held-out loss, on the same rows every time, and the bigram model it is compared with."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -16,8 +16,12 @@ from trainer.baseline import Bigram, bigram
 from trainer.parallel.expert import stand_by
 from trainer.parallel.mesh import rows_of
 from trainer.parallel.world import ALONE, World
+from trainer.passes import Measuring
 from trainer.pool import RowPool
 from trainer.row import RowSums
+
+if TYPE_CHECKING:
+    from trainer.parallel.pipeline import Pipeline
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -27,20 +31,32 @@ class HeldOut:
     batch: Batch
     byte_count_V: Tensor
 
-    def measure(self, pool: RowPool, mode: AttentionMode, world: World = ALONE) -> dict[str, Any]:
+    def measure(
+        self, pool: RowPool, mode: AttentionMode, world: World = ALONE, pipeline: "Pipeline | None" = None
+    ) -> dict[str, Any]:
         """The metrics named validation/* and indexer/*; the model is not changed. All ranks call this alike."""
-        device = pool.model.embed.weight.device
         target_BT = self.batch.target_BT
         mine = rows_of(world.place.data, world.mesh.data, len(target_BT))
+        turns = [turn for turn, index in enumerate(mine) if index is not None or world.expert.size > 1]
 
-        def measure(model: Transformer, index: int | None) -> RowSums | None:
-            if index is None:
-                return stand_by(model, backward=False)
-            return row.measure(model, row.pick(self.batch, index, device), mode)
+        def pick(turn: int) -> Batch | None:
+            index = mine[turn]
+            return None if index is None else row.pick(self.batch, index, pool.model.device)
 
-        turns = [index for index in mine if index is not None or world.expert.size > 1]
-        measured = zip(turns, pool.map(measure, turns), strict=True)
-        own = {index: sums for index, sums in measured if index is not None and sums is not None}
+        def measure(model: Transformer, turn: int) -> RowSums | None:
+            one = pick(turn)
+            if one is None:
+                stand_by(model, backward=False)
+                return None
+            return row.sums(row.measure(model, one, mode), one)
+
+        if pipeline is None:
+            found = list(pool.map(measure, turns))
+        else:
+            passes = Measuring(pipeline.stage(target_BT.shape[1]), pick, mode)
+            pipeline.measure(passes, turns, target_BT.shape[1])
+            found = [passes.sums(turn) for turn in turns]
+        own = {mine[turn]: sums for turn, sums in zip(turns, found, strict=True) if sums is not None}
         rows, load_LE = together.gather_rows(world, own)
         num_bytes = count_bytes(target_BT, self.byte_count_V)
         return metrics.validation(rows, row.count_rows(self.batch), num_bytes, load_LE)

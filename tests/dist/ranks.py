@@ -77,7 +77,7 @@ class RankFailed(Exception):
 
 
 def config_of(case: Case, mesh: Mesh) -> TrainConfig:
-    parallel = {"data": mesh.data, "expert": mesh.expert, "owners_limit": mesh.owners}
+    parallel = {"pipe": mesh.pipe, "data": mesh.data, "expert": mesh.expert, "owners_limit": mesh.owners}
     changes = {"model": MODEL} | dict(case.changes)
     given = ParallelConfig(**(parallel | changes.pop("parallel", {})))
     return replace(tiny.with_dtype(tiny.config(Path("none"), Path("none"), **changes), case.dtype), parallel=given)

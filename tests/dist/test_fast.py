@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from model.transformer import Transformer
 from tests.dist import ranks
 from tests.dist.ranks import Case
 from trainer.parallel import fast as fast_path
@@ -80,7 +81,7 @@ def own_numbers(rank: int, length: int) -> torch.Tensor:
 def add_between_owners(rank: int, folder: Path, length: int) -> None:
     mesh = Mesh(data=3, owners=1)
     world = start(mesh, ranks.placement(rank, mesh.size, folder), ranks.CPU)
-    ownership = Ownership([], {}, range(0), world)
+    ownership = Ownership([], {}, Transformer(ranks.MODEL), world)
     torch.save(ownership.sum_between_owners(own_numbers(rank, length)), folder / f"{rank}.pt")
     world.close()
 

@@ -25,6 +25,7 @@ def make_row(scale: float, loads: list[list[int]]) -> RowSums:
         recall_L=((int(8 * scale), int(16 * scale)), None, None),
         source=0,
         targets=0,
+        layers=(0, 1, 2),
     )
 
 

@@ -173,24 +173,24 @@ class StandBy(nn.Module):
         super().__init__()
         self._model = [model]  # in a list: not a part of this module, which is a part of the model
 
-    def forward(self, *, backward: bool) -> Tensor:
+    def forward(self, layers: range | None = None, *, backward: bool) -> Tensor:
         """Walks the layers through the model's own seams, so that recomputation asks for the same exchanges again."""
         (model,) = self._model
-        weight = model.embed.weight
-        h_BTD = weight.new_zeros(1, 0, weight.shape[1]).requires_grad_(backward)
+        layers = range(model.config.num_hidden_layers) if layers is None else layers
+        h_BTD = torch.zeros(1, 0, model.config.hidden_size, dtype=model.dtype, device=model.device)
+        h_BTD.requires_grad_(backward)
         with torch.set_grad_enabled(backward):
-            for block in model.layers:
+            for block in model.stretch(layers):
                 h_BTD = model.run_block(_Experts(block), h_BTD)
-            for block in model.branches():
+            for block in model.branches() if layers.stop == model.config.num_hidden_layers else ():
                 h_BTD = _Experts(block)(h_BTD)
         return h_BTD
 
 
-def stand_by(model: Transformer, *, backward: bool) -> None:
-    """One row's turn for a rank that has none, forwards and, if the others have one, backwards."""
-    h_BTD = next(module for module in model.modules() if isinstance(module, StandBy))(backward=backward)
-    if backward:
-        h_BTD.sum().backward()
+def stand_by(model: Transformer, layers: range | None = None, *, backward: bool) -> Tensor:
+    """The turn of a rank that has no row, through these layers; the others' backward pass needs that of the result."""
+    standing = next(module for module in model.modules() if isinstance(module, StandBy))
+    return standing(layers, backward=backward).sum()
 
 
 class _Experts(nn.Module):

@@ -28,6 +28,8 @@ CHUNK = 1 << 20
 """Numbers rounded at a time, at least, and less than twice as many: for each, rounding makes five copies."""
 REST = "rest"
 """The bucket of what belongs to no layer: embedding, head, last norm and mixes."""
+TIED = "tied"
+"""The bucket of what first and last stage both use: their sums are added before it may leave."""
 
 
 def bucket_of(parameter: str) -> str:
@@ -36,11 +38,11 @@ def bucket_of(parameter: str) -> str:
     return match[0] if match else REST
 
 
-def buckets(parameters: Collection[str]) -> list[str]:
+def buckets(parameters: Collection[str], tied: Collection[str] = ()) -> list[str]:
     """All buckets in the order in which a backward pass fills them: the same on every rank."""
     found = {bucket_of(parameter) for parameter in parameters} - {REST}
     order = sorted(found, key=lambda name: (name.startswith("mtp"), int(name.rpartition(".")[2])), reverse=True)
-    return [*order, REST]
+    return [*order, REST, *([TIED] if tied else [])]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -71,8 +73,8 @@ class FastSum:
     ) -> None:
         self._sums = {name: torch.zeros(shape, dtype=dtypes.sums, device=device) for name, shape in shapes.items()}
         self._ownership, self._dtypes, self._seed, self._device = ownership, dtypes, seed, device
-        self._order = buckets(shapes)
-        self._shares = [(share, _by_bucket(share.spans)) for share in ownership.shares]
+        self._order = buckets(shapes, ownership.tied)
+        self._shares = [(share, self._by_bucket(share.spans)) for share in ownership.shares]
         self._active: frozenset[str] = frozenset()
         self._missing: dict[str, int] = {}
         self._launched: dict[str, list[_Underway]] = {}
@@ -94,7 +96,8 @@ class FastSum:
         self._step, self._active = step, frozenset(active)
         self._missing, self._launched = {}, {}
         for name in active:
-            self._sums[name].zero_()
+            if name in self._sums:  # else it is another stage's
+                self._sums[name].zero_()
 
     def begin_row(self, *, last: bool) -> None:
         """A row's passes follow; last: none after them on this rank, so that what is complete may leave."""
@@ -102,7 +105,7 @@ class FastSum:
         if last and self._watched is not None:
             for name, leaf, _ in leaves(self._watched):
                 if leaf.requires_grad:
-                    bucket = bucket_of(alias_of(name) or name)
+                    bucket = self._bucket_of(alias_of(name) or name)
                     self._missing[bucket] = self._missing.get(bucket, 0) + 1
 
     def add(self, name: str, leaf: Tensor) -> None:
@@ -111,6 +114,7 @@ class FastSum:
 
     def finish(self) -> dict[str, Tensor]:
         """The gradients of the own spans by key, of all ranks' rows; every rank calls it after its last row."""
+        self._ownership.sum_between_ends(self._sums)
         self._launch(self._order)
         gradients: dict[str, Tensor] = {}
         for underway in (one for bucket in self._order for one in self._launched[bucket]):
@@ -125,13 +129,22 @@ class FastSum:
             return rows
         return self._ownership.sum_between_owners(rows.reshape(-1)).view(rows.shape)
 
+    def _bucket_of(self, parameter: str) -> str:
+        return TIED if parameter in self._ownership.tied else bucket_of(parameter)
+
+    def _by_bucket(self, spans: Iterable[Span]) -> dict[str, list[Span]]:
+        found: dict[str, list[Span]] = {}
+        for span in spans:
+            found.setdefault(self._bucket_of(span.parameter), []).append(span)
+        return found
+
     def _taker(self, name: str) -> Callable[[Tensor], None]:
         def take(leaf: Tensor) -> None:
             assert leaf.grad is not None, "the hook comes after the gradient"
             self.add(name, leaf.grad)
             leaf.grad = None
             if self._is_last:
-                self._missing[bucket_of(name)] -= 1
+                self._missing[self._bucket_of(name)] -= 1
                 self._launch(self._complete())
 
         return take
@@ -139,7 +152,7 @@ class FastSum:
     def _complete(self) -> Iterator[str]:
         """The buckets that may leave: in the one order that all ranks keep to."""
         for bucket in self._order:
-            if self._missing.get(bucket, 1):
+            if bucket == TIED or self._missing.get(bucket, 1):
                 return
             yield bucket
 
@@ -211,13 +224,6 @@ def _batches(parts: Iterable[Tensor]) -> Iterator[list[Tensor]]:
         yield batch
 
 
-def _by_bucket(spans: Iterable[Span]) -> dict[str, list[Span]]:
-    found: dict[str, list[Span]] = {}
-    for span in spans:
-        found.setdefault(bucket_of(span.parameter), []).append(span)
-    return found
-
-
 class EarlyHandout(Handout):
     """New weights on their way from their owners, while the next forward pass begins: a layer waits for its own."""
 
@@ -225,7 +231,7 @@ class EarlyHandout(Handout):
         super().__init__(ownership)
         self._underway: dict[str, list[Any]] = {}
         model.register_forward_pre_hook(lambda module, given: self._settle_first())
-        for number, block in enumerate(model.layers):
+        for number, block in model.layers.named_children():
             block.register_forward_pre_hook(lambda module, given, name=f"layers.{number}": self._settle(name))
         for module in model.modules():
             if isinstance(module, StandBy):

@@ -58,6 +58,17 @@ class Mesh:
         first = rank - self.place(rank).data
         return tuple(range(first, first + self.data))
 
+    def column_group(self, rank: int) -> tuple[int, ...]:
+        """Ranks with the same rows and other layers, first stage first."""
+        line = self.context * self.data
+        return tuple(range(rank % line, self.size, line))
+
+    def end_group(self, rank: int) -> tuple[int, ...]:
+        """First and last stage of a column, which both use the embedding; in between a rank is alone."""
+        column = self.column_group(rank)
+        ends = (column[0], column[-1])
+        return ends if rank in ends and len(column) > 1 else (rank,)
+
     def expert_group(self, rank: int) -> tuple[int, ...]:
         """Ranks that share out the experts and exchange tokens, in order of `expert`."""
         first = rank - self.place(rank).expert

@@ -12,6 +12,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from model import names
+from model.transformer import Transformer
 from optim import zero
 from optim.groups import Member, Span
 from trainer.parallel.reduce import ExactSum
@@ -36,16 +38,23 @@ class Share:
 
 
 class Ownership:
-    """What this rank holds and owns. members: `zero.cut`; held: its experts of each layer."""
+    """What this rank holds and owns. members: `zero.cut`; model: the part that is here.
+
+    A parameter that two stages use, the embedding, is owned in both; `tied` names it on either.
+    """
 
     def __init__(
-        self, members: Sequence[Member], shapes: Mapping[str, Sequence[int]], held: range, world: World
+        self, members: Sequence[Member], shapes: Mapping[str, Sequence[int]], model: Transformer, world: World
     ) -> None:
         """shapes: of whole parameters."""
-        self._shapes, self._first, self._world = shapes, held.start, world
+        self._shapes, self._first, self._world = shapes, model.held.start, world
+        present = set(names.tensors(model))
+        is_one_end = model.is_first != model.is_last and model.config.num_nextn_predict_layers > 0
+        self.tied = ("embed.weight",) if is_one_end else ()
+        self._told_elsewhere = () if model.is_first else self.tied
         experts = [member for member in members if member.group == EXPERTS]
-        here = [member for member in experts if member.start in held]
-        dense = [member for member in members if member.group != EXPERTS]
+        here = [member for member in experts if member.start in model.held and member.parameter in present]
+        dense = [member for member in members if member.group != EXPERTS and member.parameter in present]
         self._stacked = {member.parameter for member in experts}
         self.shares = (
             *_shares(dense, zero.assign_dense(dense, shapes, world.owners.size), world.owners, dense=True),
@@ -99,7 +108,12 @@ class Ownership:
     def counted(self) -> set[str]:
         """Names of the members that this rank tells of: of those that several own, one does."""
         first = self._world.same_owners.index == 0
-        return {member.name for member in self._mine(lambda member: first or member.group == EXPERTS)}
+        told = (member for member in self._mine(lambda member: first or member.group == EXPERTS))
+        return {member.name for member in told if not self.is_told_elsewhere(member.parameter.partition("[")[0])}
+
+    def is_told_elsewhere(self, parameter: str) -> bool:
+        """Whether another stage, which has the same parameter, tells of it and writes it."""
+        return parameter in self._told_elsewhere
 
     def _mine(self, wanted: Callable[[Member], bool]) -> Iterator[Member]:
         for span in self.spans:
@@ -111,6 +125,8 @@ class Ownership:
     def reduce(self, sums: ExactSum) -> dict[str, Tensor]:
         """Bring the ranks' sums together; returns the gradients of the own spans by key. sums: exact ones."""
         world = self._world
+        for parameter in self.tied:
+            sums.join(parameter, world.ends)
         first = world.data.ranks[0]
         replicas = [rank - first for rank in world.replicas.ranks]
         sums.merge(world.data.gather_rows(sums.bounds()), dict.fromkeys(self._stacked, replicas))
@@ -125,6 +141,13 @@ class Ownership:
         if world.same_owners.size > 1:
             self._between_owners(sums)
         return {self.key(span): sums.read(span.parameter, self._local(span)) for span in self.spans}
+
+    def sum_between_ends(self, totals: Mapping[str, Tensor]) -> None:
+        """Add the sums that first and last stage have of the parameters that both use, in place."""
+        for parameter in self.tied:
+            total = totals[parameter]
+            first, last = self._world.ends.gather_rows(total)
+            total.copy_(first + last)
 
     def sum_between_owners(self, x_P: Tensor) -> Tensor:
         """Of sums over an owner group's rows, those over all: added in the order of the ranks that own the same.

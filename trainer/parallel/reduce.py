@@ -11,10 +11,13 @@ bits of 24 plus the wanted integer. The bits of 24 are taken off once, at the en
 import struct
 import threading
 from collections.abc import Collection, Iterator, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from trainer.parallel.world import Group
 
 FRACTION_BITS = 48
 LIMIT = 2.0**14
@@ -111,6 +114,14 @@ class ExactSum:
             added = ranks.get(name)
             self._largest[name] = largest
             self._centred[name] = int(centred_P[number] if added is None else bounds_RP2[list(added), number, 1].sum())
+
+    def join(self, name: str, group: "Group") -> None:
+        """One sum becomes that of all ranks of the group, which call this alike."""
+        mine = torch.tensor([self._largest[name], self._centred[name]], dtype=torch.float64, device=self._chunk.device)
+        largest, centred = group.gather_rows(mine).sum(0).tolist()
+        if largest:
+            group.add(self._sums[name])
+        self._largest[name], self._centred[name] = largest, int(centred)
 
     def is_touched(self, name: str) -> bool:
         """False where every leaf so far was zero, or there was none."""

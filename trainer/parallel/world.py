@@ -83,6 +83,8 @@ class World:
     replicas: Group = Group(ranks=(0,), index=0)
     owners: Group = Group(ranks=(0,), index=0)
     same_owners: Group = Group(ranks=(0,), index=0)
+    column: Group = Group(ranks=(0,), index=0)
+    ends: Group = Group(ranks=(0,), index=0)
 
     @property
     def rank(self) -> int:
@@ -173,6 +175,8 @@ def start(mesh: Mesh, place: Placement, device: torch.device, patience: timedelt
         replicas=groups(mesh.replica_group),
         owners=groups(mesh.owner_group),
         same_owners=groups(mesh.same_owner_group),
+        column=groups(mesh.column_group),
+        ends=groups(mesh.end_group),
     )
 
 

@@ -47,6 +47,7 @@ def row(step: int, source: str = "text") -> dict[str, Any]:
         "time/forward_s": 3.0,
         "time/backward_s": 5.0,
         "time/reduce_s": 0.5,
+        "time/pipe_s": 0.0,
         "time/exchange_s": 0.2,
         "time/update_s": 1.0,
         "time/check_s": 0.02,
