@@ -23,8 +23,8 @@ from trainer.parallel.orders import (
 
 ONE_F_ONE_B = [(ranks, rows) for ranks in (1, 2, 3, 4, 5, 8, 16) for rows in (1, 2, 3, 4, 7, 8, 16, 33)]
 DUALPIPEV = [(ranks, rows) for ranks in (2, 3, 4, 5, 8, 16) for rows in (2 * ranks, 2 * ranks + 1, 3 * ranks + 2, 64)]
-CASES: list[tuple[Schedule, int, int]] = [("1f1b", *case) for case in ONE_F_ONE_B if case[0] > 1]
-CASES += [("dualpipev", ranks, rows) for ranks, rows in DUALPIPEV]
+LAYOUTS: tuple[tuple[Schedule, list[tuple[int, int]]], ...] = (("1f1b", ONE_F_ONE_B), ("dualpipev", DUALPIPEV))
+CASES = [(schedule, ranks, rows) for schedule, sizes in LAYOUTS for ranks, rows in sizes]
 KINDS: dict[type, tuple[Act, Way]] = {
     theirs.ForwardPass: ("pass", "forward"),
     theirs.BackwardPass: ("pass", "backward"),
