@@ -6,9 +6,14 @@ from multiprocessing.context import BaseContext
 from pathlib import Path
 
 import pytest
+import torch
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("MKL_NUM_THREADS", "1")
+if not torch.cuda.is_available():
+    # Both are read once, on import, and a test file that needs deepspeed imports triton with it.
+    os.environ["TRITON_INTERPRET"] = "1"
+    os.environ["DS_ACCELERATOR"] = "cpu"
 
 ROOT = Path(__file__).resolve().parent.parent
 CHILDREN = ("tests.runs.children", "tests.trainer.crews", "tests.dist.sessions")

@@ -65,7 +65,7 @@ class Diary:
     def step(self, row: dict[str, Any]) -> None:
         self.notes.append(("shown", row["step"]))
 
-    def measure(self, pool: object, mode: str, world: object) -> dict[str, float]:
+    def measure(self, pool: object, mode: str, world: object, pipeline: object) -> dict[str, float]:
         self.notes.append(("measure", mode))
         time.sleep(VALIDATION_S)
         return {"validation/loss": 1.0}
@@ -93,7 +93,9 @@ def run(
     monkeypatch.setattr(loop, "Guard", lambda parts, every_steps: diary)
     built = SimpleNamespace(
         plans=[SimpleNamespace(step=step, attention="dense") for step in range(STEPS)],
-        parts=SimpleNamespace(pool=None, world=ALONE, handout=SimpleNamespace(settle=lambda: None)),
+        parts=SimpleNamespace(
+            pool=None, world=ALONE, handout=SimpleNamespace(settle=lambda: None), pipeline=None
+        ),
         config=SimpleNamespace(
             validation=ValidationConfig(every_steps=4),
             checkpoint=CheckpointConfig(every_steps=3),
@@ -177,7 +179,7 @@ def test_what_comes_around_a_step_is_told_in_its_row(monkeypatch: pytest.MonkeyP
 def test_lists_go_to_the_file_and_not_to_the_tracker(monkeypatch: pytest.MonkeyPatch) -> None:
     logged: list[dict[str, Any]] = []
     monkeypatch.setattr(Diary, "log", lambda self, step, row: logged.append(row))
-    monkeypatch.setattr(Diary, "measure", lambda self, pool, mode, world: {"indexer/recall_L": [None, 0.5]})
+    monkeypatch.setattr(Diary, "measure", lambda self, pool, mode, *_: {"indexer/recall_L": [None, 0.5]})
     rows = run(monkeypatch)[0].rows
     assert rows[3]["indexer/recall_L"] == [None, 0.5]
     assert len(logged) == STEPS
@@ -185,6 +187,6 @@ def test_lists_go_to_the_file_and_not_to_the_tracker(monkeypatch: pytest.MonkeyP
 
 
 def test_a_name_that_is_not_in_the_table_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Diary, "measure", lambda self, pool, mode, world: {"loss/lmm": 1.0})
+    monkeypatch.setattr(Diary, "measure", lambda self, pool, mode, *_: {"loss/lmm": 1.0})
     with pytest.raises(AssertionError, match="loss/lmm"):
         run(monkeypatch)

@@ -107,7 +107,7 @@ class Parrots:
     """Stands in for decoding: row r is sure of the next byte of text r, and likes an id that is no byte still more."""
 
     def __init__(self, patch: pytest.MonkeyPatch, texts: Sequence[bytes]) -> None:
-        self.embed = SimpleNamespace(weight=torch.zeros(1))
+        self.device = torch.device("cpu")
         self.texts, self.told, self.steps = texts, 0, 0
         patch.setattr(sample, "prefill", self.prefill)
         patch.setattr(sample, "step", self.step)

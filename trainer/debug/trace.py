@@ -175,7 +175,8 @@ def _losses(model: Transformer, output: Output, one: Batch, sums: RowSums) -> It
 
 
 def _cut(output: Output, span: slice) -> Output:
-    branch_BTD = output.mtp_h_BTD
+    branch_BTD, h_BTD = output.mtp_h_BTD, output.h_BTD
+    assert h_BTD is not None, "the whole model ran"
     if branch_BTD is not None:
         branch_BTD = branch_BTD[:, span.start : span.stop - 1]
-    return Output(h_BTD=output.h_BTD[:, span], mtp_h_BTD=branch_BTD, layers=(), mtp=None)
+    return Output(x_BTND=None, h_BTD=h_BTD[:, span], mtp_h_BTD=branch_BTD, layers=(), mtp=None)

@@ -10,7 +10,7 @@ from trainer.report.numbers import Points, percent
 from trainer.report.read import Run
 from trainer.report.shapes import stacked
 
-STEP_PARTS = ("wait", "forward", "backward", "reduce", "exchange", "update", "check", "save")
+STEP_PARTS = ("wait", "forward", "backward", "reduce", "pipe", "exchange", "update", "check", "save")
 """What a step's seconds are split into; the rest is shown as such."""
 
 
