@@ -190,21 +190,20 @@ def sums(passed: Passed, row: Batch) -> RowSums:
 
 
 def join(parts: Sequence[RowSums]) -> RowSums:
-    """The sums of one row from those of its layers, which were computed apart: each layer is in one part."""
+    """The sums of one row from those of its layers, which were computed apart; the last layer's part has the losses."""
     if len(parts) == 1:
         return parts[0]
-    places = sorted((number, part, at) for part, one in enumerate(parts) for at, number in enumerate(one.layers))
+    places = {number: (one, at) for one in parts for at, number in enumerate(one.layers)}
+    layers = sorted(places)
 
     def by_layer(name: str) -> tuple[Any, ...]:
-        return tuple(getattr(parts[part], name)[at] for _, part, at in places)
+        return tuple(getattr(one, name)[at] for one, at in map(places.__getitem__, layers))
 
-    loads = [parts[part].load_LE[at : at + 1] for _, part, at in places]
+    last, _ = places[layers[-1]]
     return replace(
-        parts[0],
-        lm=sum(one.lm for one in parts),
-        mtp=sum(one.mtp for one in parts),
-        load_LE=torch.cat(loads),
-        layers=tuple(number for number, _, _ in places),
+        last,
+        load_LE=torch.cat([one.load_LE[at : at + 1] for one, at in map(places.__getitem__, layers)]),
+        layers=tuple(layers),
         **{name: by_layer(name) for name in ("balance_L", "indexer_L", "entropy_L", "recall_L")},
     )
 
