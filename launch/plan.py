@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from launch import arguments, plan_decoding, plan_parallel
+from launch import arguments, plan_decoding, plan_parallel, plan_pipe
 
 if TYPE_CHECKING:
     from trainer.plan import Plan, Stage
@@ -133,6 +133,10 @@ def _layout(plan: "Plan") -> list[list[str]]:
     blocks = [plan_parallel.mesh(layout)] if several else []
     blocks += [_table(plan_parallel.ranks(layout))] if several else []
     blocks += [[*memory, *plan_parallel.MEMORY_NOTES], _table(plan_parallel.activations(layout))]
+    if layout.pipeline is not None:
+        table = _table(plan_pipe.ranks(layout.pipeline, layout.dearest))
+        table[0] += f"  in stage {layout.dearest + 1}" if len(plan.stages) > 1 else ""
+        blocks += [[*table, *plan_pipe.NOTES], _table(plan_pipe.bubbles(layout.pipeline))]
     traffic = plan_parallel.traffic(layout)
     return [*blocks, [*_table(traffic), *plan_parallel.TRAFFIC_NOTES]] if traffic else blocks
 

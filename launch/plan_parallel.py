@@ -4,6 +4,9 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
+from launch import plan_pipe
+from launch.plan_units import rounded, unit
+
 if TYPE_CHECKING:
     from trainer.plan_parallel import Layout, Role
 
@@ -50,18 +53,37 @@ def _balance(layout: "Layout") -> list[str]:
 
 
 def ranks(layout: "Layout") -> list[Row]:
-    """Each rank of a small mesh; of a large one each role, the largest and the smallest if they are many."""
-    heading: Row = ("rank", "experts held", "dense owner", "owned", "elements", "update FLOP", "state", "memory")
+    """Each rank of a small mesh; of a large one each role, the largest and the smallest if they are many.
+
+    Of many roles of a pipeline, the largest of each pipe rank.
+    """
     of = layout.mesh
+    where = ("pipe rank",) if of.pipe > 1 else ()
+    heading: Row = (
+        "rank",
+        *where,
+        "experts held",
+        "dense owner",
+        "owned",
+        "elements",
+        "update FLOP",
+        "state",
+        "memory",
+    )
     if of.size <= MOST_ROLES:
         lines = [(str(place.rank), _held(layout, place.rank), layout.role_of(place.rank)) for place in of.places()]
-        return [heading, *((name, held, *_role(role)) for name, held, role in lines)]
+        return [heading, *((name, *_pipe(layout, role), held, *_role(role)) for name, held, role in lines)]
     roles = list(layout.roles)
     if len(roles) > MOST_ROLES:
-        heading = (f"largest and smallest of {len(roles)} roles", *heading[1:])
-        roles = [layout.largest, layout.smallest]
+        which = "largest of each pipe rank" if of.pipe > 1 else "largest and smallest"
+        heading = (f"{which} of {len(roles)} roles", *heading[1:])
+        roles = layout.largest_by_pipe if of.pipe > 1 else [layout.largest, layout.smallest]
     named = [(_some(role.ranks), _held(layout, role.ranks[0]) if len(role.ranks) == 1 else "", role) for role in roles]
-    return [heading, *((name, held, *_role(role)) for name, held, role in named)]
+    return [heading, *((name, *_pipe(layout, role), held, *_role(role)) for name, held, role in named)]
+
+
+def _pipe(layout: "Layout", role: "Role") -> Row:
+    return (f"{role.pipe}",) if layout.mesh.pipe > 1 else ()
 
 
 def _role(role: "Role") -> Row:
@@ -102,16 +124,18 @@ def memory(layout: "Layout", dtype: str) -> list[Row]:
 
 
 def activations(layout: "Layout") -> list[Row]:
-    """What a row's forward pass keeps, by part and stage."""
+    """What a row's forward pass keeps in all layers, by part and stage, and the most that a rank's rows take."""
     stages = layout.activations
-    size, unit = _unit(max(max(parts.values()) for parts in stages))
-    lines: list[Row] = [(f"kept of a row, {unit}", *(f"stage {number}" for number in range(1, len(stages) + 1)))]
+    size, name = unit(max(max(parts.values()) for parts in stages))
+    lines: list[Row] = [(f"kept of a row, {name}", *(f"stage {number}" for number in range(1, len(stages) + 1)))]
     for part in dict.fromkeys(part for parts in stages for part in parts):
         values = [parts.get(part, 0) for parts in stages]
         if any(values):
             lines.append((part.replace("_", " "), *(f"{value / size:.3f}" for value in values)))
     lines.append(("total", *(f"{sum(parts.values()) / size:.3f}" for parts in stages)))
-    return [*lines, ("most of a row at a time", *(f"{row.most / size:.3f}" for row in layout.rows))]
+    name = "most of the rows in flight on a rank" if layout.mesh.pipe > 1 else "most of a row at a time"
+    most = [max(row.most for row in ranks) for ranks in zip(*layout.rows, strict=True)]
+    return [*lines, (name, *(f"{value / size:.3f}" for value in most))]
 
 
 def traffic(layout: "Layout") -> list[Row]:
@@ -121,9 +145,9 @@ def traffic(layout: "Layout") -> list[Row]:
     if not names:
         return []
     ranks = layout.mesh.size
-    size, unit = _unit(max(one.sent_bytes for one in names.values()) / ranks)
+    size, name = unit(max(one.sent_bytes for one in names.values()) / ranks)
     numbers = [f"stage {number}" for number in range(1, len(stages) + 1)]
-    lines: list[Row] = [(f"{unit} sent by a rank in a step", "collective", "among", *numbers)]
+    lines: list[Row] = [(f"{name} sent by a rank in a step", "collective", "among", *numbers)]
     for name, one in names.items():
         sent = [stage[name].sent_bytes / ranks / size if name in stage else 0 for stage in stages]
         lines.append((name, one.kind, f"{one.group} {one.axis.replace('_', ' ')}", *(f"{value:.3f}" for value in sent)))
@@ -142,26 +166,19 @@ def as_json(layout: "Layout") -> dict[str, Any]:
         },
         "roles": [_role_json(role) for role in layout.roles],
         "activations_bytes": list(layout.activations),
-        "rows_bytes": [asdict(row) for row in layout.rows],
+        "rows_bytes": [[asdict(row) for row in rank] for rank in layout.rows],
         "dearest_stage": layout.dearest + 1,
         "traffic": [[asdict(one) for one in stage] for stage in layout.traffic],
+        "pipeline": None if layout.pipeline is None else plan_pipe.as_json(layout.pipeline),
     }
 
 
 def _role_json(role: "Role") -> dict[str, Any]:
     return {
         "ranks": list(role.ranks),
+        "pipe": role.pipe,
         "owner": role.owner,
         "experts_owned": role.experts,
         "owned": asdict(role.load),
         "memory_bytes": role.memory.parts() | {"held": role.memory.held, "total": role.memory.total},
     }
-
-
-def _unit(largest: float) -> tuple[float, str]:
-    return (1e9, "GB") if largest >= 1e9 else (1e6, "MB")
-
-
-def rounded(size: int) -> str:
-    """Bytes as billions or millions with two digits."""
-    return f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.2f} MB"

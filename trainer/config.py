@@ -281,3 +281,12 @@ class TrainConfig:
         require(chunks <= layers, "parallel.pipe", parallel.pipe, f"at most model.num_hidden_layers={layers} chunks")
         expected = f"numbers that add up to model.num_hidden_layers={layers}, not {sum(given)}"
         require(not given or sum(given) == layers, "parallel.stages", given, expected)
+        if parallel.schedule == "dualpipev":
+            step = schedule.plan(self.schedule).fewest_rows()
+            # Without experts to wait for, the ranks that have no row in the last round have one micro-batch less.
+            turns = step.rows // parallel.data if parallel.expert == 1 else -(-step.rows // parallel.data)
+            expected = (
+                f"1f1b, or twice parallel.pipe={parallel.pipe} rows on each of parallel.data={parallel.data} ranks"
+            )
+            has = f"; step {step.step + 1} has {step.rows} rows in all"
+            require(turns >= chunks, "parallel.schedule", parallel.schedule, expected + has)

@@ -6,18 +6,17 @@ update really take.
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 from model.config import AttentionMode, ModelConfig
-from model.count_memory import kept_bytes, phases
 from model.inventory import TensorSpec, released_tensors
 from model.logical import locate, parameter_shapes
 from optim.groups import Member
 from optim.iterations import BATCH_ELEMENTS
 from optim.zero import shape_of
-from trainer.config import Precision, Recomputed, TrainConfig
-from trainer.schedule import StepPlan
+from trainer.config import Precision, TrainConfig
+from trainer.parallel.stages import Part
 
 DTYPE_BYTES: dict[Precision, int] = {"fp64": 8, "fp32": 4, "bf16": 2}
 FP32_BYTES = 4
@@ -35,9 +34,9 @@ class Memory:
     Held throughout: weights, parameters in the run's type (islands at least fp32), router biases and hash tables;
     masters, fp32 copies of own parameters of lower precision; momentum, Muon's, of own matrices; moments, AdamW's two,
     of what else is owned; sums, accumulators of all gradients that are made here. Of a row: activations, what its
-    forward pass keeps; gradients, those that wait for the end of its backward pass; row, the most of all that at a
-    time, working memory included. Then: buffers, gradients on their way (fast path); update, the reduced gradients and
-    the optimizer's temporary copies.
+    forward pass keeps, in a pipeline that of all rows in flight; gradients, those that wait for the end of its backward
+    pass; row, the most of all that at a time, working memory included. Then: buffers, gradients on their way (fast
+    path); update, the reduced gradients and the optimizer's temporary copies.
     """
 
     weights: int
@@ -68,7 +67,7 @@ class Memory:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Tensors:
-    """A model's tensors as this file counts them.
+    """A model's tensors, or those of a part of it, as this file counts them.
 
     shapes, groups: of whole parameters. islands: their names. dense: elements outside the experts. expert: shape of an
     expert's matrix (another has it transposed). matrices: of one expert in all layers. buffers: bytes without gradient.
@@ -88,21 +87,22 @@ class Tensors:
         return self.matrices * math.prod(self.expert)
 
 
-def tensors(config: ModelConfig, element_bytes: int) -> Tensors:
-    """element_bytes: of the model's type."""
-    specs = [spec for spec in released_tensors(config, experts=1) if spec.kind != "buffer"]
+def tensors(config: ModelConfig, element_bytes: int, part: Part) -> Tensors:
+    """Those that a pipe rank holds. element_bytes: of the model's type."""
+    here = [spec for spec in released_tensors(config, experts=1) if part.holds(spec.name)]
+    specs = [spec for spec in here if spec.kind != "buffer"]
     dense, experts = Elements(), [spec for spec in specs if spec.group == "experts"]
     for spec in specs:
         if spec.group != "experts":
             dense[spec.kind, spec.is_island] += spec.size
     return Tensors(
-        shapes=parameter_shapes(config),
+        shapes={name: shape for name, shape in parameter_shapes(config).items() if part.holds(name)},
         groups={locate(spec.name).parameter: spec.group for spec in specs},
         islands=frozenset(spec.name for spec in specs if spec.is_island),
         dense=dense,
         expert=(config.moe_intermediate_size, config.hidden_size),
         matrices=len(experts),
-        buffers=sum(_buffer_bytes(spec, element_bytes) for spec in released_tensors(config, experts=0)),
+        buffers=sum(_buffer_bytes(spec, element_bytes) for spec in here),
     )
 
 
@@ -117,22 +117,9 @@ def is_trained(group: str, mode: AttentionMode) -> bool:
     return mode == "sparse" or (group == "indexer") == (mode == "indexer_warmup")
 
 
-def activations(config: TrainConfig, step: StepPlan) -> dict[str, int]:
-    """Bytes kept of a row of this step by part.
-
-    With expert parallelism as many token-expert pairs arrive as are sent, if the load is even.
-    """
-    return kept_bytes(*_pass(config, step))
-
-
-def _pass(config: TrainConfig, step: StepPlan) -> tuple[ModelConfig, int, AttentionMode, tuple[Recomputed, ...], int]:
-    width = DTYPE_BYTES[config.precision.dtype]
-    return config.model, step.row_length, step.attention, config.recompute, width
-
-
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RowMemory:
-    """Of one row, the same on every rank; see `Memory`. most: its `row`."""
+    """Of the rows that a rank has under way, the same on all with the same layers; see `Memory`. most: its `row`."""
 
     activations: int
     gradients: int
@@ -159,47 +146,6 @@ def memory(config: TrainConfig, model: Tensors, owned: Sequence[Member], experts
         buffers=0 if exact or mesh.size == 1 else _on_their_way(config, model, owned, experts),
         update=_update(model, owned, experts, own, state),
     )
-
-
-def _leaves(config: TrainConfig, model: Tensors, step: StepPlan) -> Iterator[tuple[str, int]]:
-    """Bytes of each gradient that a row leaves here, one for each use of a shared weight.
-
-    Experts' are of every row of the expert group on the exact path, of all of them together on the fast one.
-    """
-    mesh, width = config.parallel.mesh, DTYPE_BYTES[config.precision.dtype]
-    rows = mesh.expert if config.parallel.reduction == "exact" else 1
-    for name, shape in model.shapes.items():
-        if not is_trained(model.groups[name], step.attention):
-            continue
-        held = max(width, FP32_BYTES) if name in model.islands else width
-        if model.groups[name] == "experts":
-            yield name, rows * math.prod(shape) // mesh.expert * held
-            continue
-        yield name, math.prod(shape) * held
-        if name in ("embed.weight", "head.weight") and config.model.num_nextn_predict_layers:
-            yield f"mtp.0.{name}", math.prod(shape) * held
-
-
-def row_memory(config: TrainConfig, model: Tensors, step: StepPlan) -> RowMemory:
-    """Of a row of this step: phase by phase its activations go and its gradients come.
-
-    On the fast path a gradient goes into its sum as it comes.
-    """
-    exact = config.parallel.reduction == "exact"
-    rows = config.parallel.mesh.expert if exact else 1
-    order, leaves = phases(*_pass(config, step), apart=rows), dict(_leaves(config, model, step))
-    kept = left = sum(phase.kept.total() for phase in order)
-    come = most = 0
-    for phase in order:
-        found = {name: size for name, size in leaves.items() if name.startswith(phase.trains)}
-        passing = 0 if exact else max(found.values(), default=0)
-        # While the first row passes, the others' of w2 are not there yet; while the last does, theirs of w1 and w3 are.
-        others = sum(size for name, size in found.items() if ".experts." in name) * (rows - 1) // rows
-        waiting = max(phase.first - others // 2, phase.last + others) if phase.first else 0
-        most = max(most, left + come + phase.again + phase.working + passing + waiting)
-        left, come = left - phase.kept.total(), come + (sum(found.values()) if exact else 0)
-    gradients = sum(leaves.values()) if exact else max(leaves.values())
-    return RowMemory(activations=kept, gradients=gradients, most=max(most, come))
 
 
 def _held(config: TrainConfig, model: Tensors) -> int:

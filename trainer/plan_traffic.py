@@ -7,12 +7,15 @@ meshes send.
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from model.config import AttentionMode
 from optim import zero
 from optim.groups import Member
 from trainer.config import TrainConfig
+from trainer.parallel.stages import Part
 from trainer.plan_memory import DTYPE_BYTES, FP32_BYTES, FP64_BYTES, INT64_BYTES, Tensors, is_trained
+from trainer.plan_rows import rows_of_column, stream_bytes
 from trainer.schedule import StepPlan
 
 SENT = {"all_to_all": 1, "reduce": 1, "broadcast": 1, "all_reduce": 2}
@@ -37,20 +40,83 @@ class Collective:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Shares:
-    """Members by owner: of dense matrices, and of the experts that one rank holds, over its replicas."""
+    """Of a pipe rank: what it holds, and its members by owner.
 
+    dense: of its dense matrices. experts: of the experts that one rank of it holds, over its replicas.
+    """
+
+    part: Part
+    model: Tensors
     dense: tuple[tuple[Member, ...], ...]
     experts: tuple[tuple[Member, ...], ...]
 
 
-def traffic(config: TrainConfig, step: StepPlan, model: Tensors, shares: Shares) -> tuple[Collective, ...]:
-    """The exchanges of one step, in order; those of groups of one rank are none. Expert loads count as even."""
-    trained = Shares(
-        dense=tuple(tuple(one for one in own if is_trained(one.group, step.attention)) for own in shares.dense),
-        experts=tuple(tuple(one for one in own if is_trained(one.group, step.attention)) for own in shares.experts),
-    )
-    found = [*_tokens(config, step), *_gradients(config, model, trained), *_weights(config, model, trained)]
+def traffic(config: TrainConfig, step: StepPlan, pipe: Sequence[Shares]) -> tuple[Collective, ...]:
+    """The exchanges of one step, in order; those of groups of one rank are none. Expert loads count as even.
+
+    pipe: of all pipe ranks.
+    """
+    trained = [_trained(shares, step.attention) for shares in pipe]
+    found = [*_tokens(config, step), *_streams(config, step), *_between_ends(config, trained)]
+    found += _added([list(_gradients(config, shares)) for shares in trained])
+    found += _added([list(_weights(config, shares)) for shares in trained])
     return tuple(one for one in found if one.group > 1 and one.calls)
+
+
+def _trained(shares: Shares, mode: AttentionMode) -> Shares:
+    dense, experts = (
+        tuple(tuple(one for one in own if is_trained(one.group, mode)) for own in of)
+        for of in (shares.dense, shares.experts)
+    )
+    return replace(shares, dense=dense, experts=experts)
+
+
+def _added(pipe: Sequence[Sequence[Collective]]) -> list[Collective]:
+    """The same exchanges of all pipe ranks as one."""
+    return [
+        replace(
+            alike[0],
+            calls=sum(one.calls for one in alike),
+            payload_bytes=sum(one.payload_bytes for one in alike),
+            sent_bytes=sum(one.sent_bytes for one in alike),
+        )
+        for alike in zip(*pipe, strict=True)
+    ]
+
+
+def _streams(config: TrainConfig, step: StepPlan) -> Iterator[Collective]:
+    """Over each border between chunks that lie on different ranks: there, and the gradients back.
+
+    A column whose last round has no row sends as much where experts wait for it, else nothing.
+    """
+    parallel = config.parallel
+    borders = parallel.chunks - (2 if parallel.chunks > parallel.pipe else 1)
+    rows = rows_of_column(config, step) * parallel.data if parallel.expert > 1 else step.rows
+    sent = rows * borders * stream_bytes(config, step.row_length)
+    for name in ("streams", "gradients of streams"):
+        yield Collective(
+            name=name,
+            kind="send",
+            axis="pipe",
+            group=parallel.pipe,
+            calls=rows * borders,
+            payload_bytes=sent,
+            sent_bytes=sent,
+        )
+
+
+def _between_ends(config: TrainConfig, pipe: Sequence[Shares]) -> Iterator[Collective]:
+    """The gradient of the embedding, where first and last pipe rank use it: each adds the other's."""
+    tied = [shares for shares in pipe if shares.part.is_tied]
+    if not any(one.parameter == "embed.weight" for shares in tied for own in shares.dense for one in own):
+        return
+    numbers, ranks = math.prod(tied[0].model.shapes["embed.weight"]), len(tied) * config.parallel.data
+    if config.parallel.reduction == "exact":
+        payload = ranks * numbers * INT64_BYTES
+        yield _collective("embedding between ends", "all_reduce", "ends", len(tied), ranks, payload)
+    else:
+        width = FP64_BYTES if config.precision.dtype == "fp64" else FP32_BYTES
+        yield _gather("embedding between ends", "ends", len(tied), ranks, ranks * numbers * width)
 
 
 def _tokens(config: TrainConfig, step: StepPlan) -> Iterator[Collective]:
@@ -76,13 +142,14 @@ def _tokens(config: TrainConfig, step: StepPlan) -> Iterator[Collective]:
         yield _collective("their gradients", "all_to_all", "expert", mesh.expert, calls, pairs * sum(tokens) * pair)
 
 
-def _gradients(config: TrainConfig, model: Tensors, trained: Shares) -> Iterator[Collective]:
-    """To the owners, on the exact path as integers, and between ranks that own the same."""
+def _gradients(config: TrainConfig, trained: Shares) -> Iterator[Collective]:
+    """Of one pipe rank's: to the owners, on the exact path as integers, and between ranks that own the same."""
+    model = trained.model
     mesh, exact = config.parallel.mesh, config.parallel.reduction == "exact"
     replicas, turns = mesh.data // mesh.expert, mesh.data // mesh.owners
     dense, experts = (sum(_elements(model, own) for own in of) for of in (trained.dense, trained.experts))
     spans, of_experts = (sum(len(zero.spans(own)) for own in of) for of in (trained.dense, trained.experts))
-    own_dense, ranks = dense * turns, mesh.size
+    own_dense, ranks = dense * turns, mesh.size // mesh.pipe
     if exact:
         bounds = ranks * 2 * len(model.shapes) * FP64_BYTES
         yield _gather("bounds of sums", "data", mesh.data, ranks, bounds)
@@ -98,7 +165,8 @@ def _gradients(config: TrainConfig, model: Tensors, trained: Shares) -> Iterator
     width = FP64_BYTES if fp64 else DTYPE_BYTES[config.parallel.dense_reduction]
     of_expert = FP64_BYTES if fp64 else DTYPE_BYTES["bf16"]
     parts, of_layers = (
-        len({_bucket(one.parameter) for own in of for one in own}) for of in (trained.dense, trained.experts)
+        len({_bucket(one.parameter, trained.part) for own in of for one in own})
+        for of in (trained.dense, trained.experts)
     )
     yield _collective("dense gradients", "all_to_all", "owners", mesh.owners, ranks * parts, ranks * dense * width)
     yield _collective(
@@ -109,8 +177,9 @@ def _gradients(config: TrainConfig, model: Tensors, trained: Shares) -> Iterator
     yield _collective("between owners", "all_to_all", "same_owners", turns, calls, 2 * own_dense * sums)
 
 
-def _weights(config: TrainConfig, model: Tensors, trained: Shares) -> Iterator[Collective]:
-    """New ones from their owners, in the model's type."""
+def _weights(config: TrainConfig, trained: Shares) -> Iterator[Collective]:
+    """New ones of one pipe rank's from their owners, in the model's type."""
+    model, ranks = trained.model, config.parallel.mesh.size // config.parallel.pipe
     mesh, width = config.parallel.mesh, DTYPE_BYTES[config.precision.dtype]
     for name, of, axis, group in (
         ("new dense weights", trained.dense, "owners", mesh.owners),
@@ -118,7 +187,7 @@ def _weights(config: TrainConfig, model: Tensors, trained: Shares) -> Iterator[C
     ):
         size = sum(_weight_bytes(model, own, width) for own in of)
         spans = sum(len(zero.spans(own)) for own in of)
-        yield _collective(name, "broadcast", axis, group, mesh.size * spans, mesh.size * size)
+        yield _collective(name, "broadcast", axis, group, ranks * spans, ranks * size)
 
 
 def _collective(name: str, kind: str, axis: str, group: int, calls: int, payload: int) -> Collective:
@@ -134,8 +203,10 @@ def _gather(name: str, axis: str, group: int, calls: int, payload: int) -> Colle
     )
 
 
-def _bucket(parameter: str) -> str:
-    """What leaves together on the fast path, as `trainer.parallel.fast.bucket_of` has it."""
+def _bucket(parameter: str, part: Part) -> str:
+    """What leaves together on the fast path, as `trainer.parallel.fast` has it."""
+    if parameter == "embed.weight" and part.is_tied:
+        return "tied"
     first, _, rest = parameter.partition(".")
     return f"{first}.{rest.partition('.')[0]}" if first in ("layers", "mtp") else "rest"
 

@@ -126,6 +126,10 @@ class StepPlans(Sequence[StepPlan]):
             mtp_weight=mtp_weight(self._config, tokens),
         )
 
+    def fewest_rows(self) -> StepPlan:
+        """The first step that has as few rows as any."""
+        return self[min(self._stretches, key=lambda stretch: stretch.rows).step]
+
     def segments(self) -> list[tuple[int, int]]:
         """(row length, rows) of each segment of the data stream."""
         last = {stretch.segment: stretch for stretch in self._stretches}

@@ -21,7 +21,7 @@ from tests.dist import ranks
 from tests.dist.ranks import Case
 from tests.trainer import steps
 from tests.trainer.peak import Peak
-from trainer import plan_memory
+from trainer import plan_memory, plan_rows
 from trainer.parallel.mesh import Mesh
 from trainer.parallel.world import ALONE, start
 from trainer.plan_parallel import layout
@@ -146,9 +146,13 @@ def test_two_ranks_that_share_out_experts_take_what_is_planned(seen: Told) -> No
 MISTAKES: dict[str, tuple[Any, str, Any]] = {
     "sums of 4 bytes": (plan_memory, "INT64_BYTES", 4),
     "experts not shared out": (plan_memory, "_held", lambda config, model: 24 * model.expert_elements),
-    "no gradients": (plan_memory, "_leaves", lambda config, model, step: [("", 0)]),
-    "an attention that keeps nothing": (count_memory, "_attention", lambda row, ratio: Counter()),
-    "all rows in the experts at once": (plan_memory, "phases", lambda *given, apart: count_memory.phases(*given)),
+    "no gradients": (plan_rows, "_leaves", lambda config, model, step, part: [("", 0)]),
+    "an attention that keeps nothing": (count_memory, "attention", lambda row, ratio: Counter()),
+    "all rows in the experts at once": (
+        plan_rows,
+        "phases",
+        lambda *given, apart, layers: count_memory.phases(*given, layers=layers),
+    ),
 }
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from data.batch import Batch
-from model import count_memory, losses
+from model import count_kept, losses
 from model.config import AttentionMode, InitConfig, ModelConfig
 from model.count_memory import kept_bytes, phases
 from model.init import initialize
@@ -157,7 +157,7 @@ def test_what_was_not_kept_is_there_again_when_it_is_needed(recompute: tuple[Rec
 
 
 def test_logits_are_counted_in_the_chunks_that_there_are() -> None:
-    assert count_memory.LOGIT_ROWS == losses.CHUNK
+    assert count_kept.LOGIT_ROWS == losses.CHUNK
 
 
 MISTAKES = {
@@ -169,7 +169,7 @@ MISTAKES = {
 
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_a_planted_mistake_is_caught(mistake: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(count_memory, *MISTAKES[mistake])
+    monkeypatch.setattr(count_kept, *MISTAKES[mistake])
     with pytest.raises(AssertionError):
         check(MODEL, 61, "sparse", (), torch.bfloat16)
 

@@ -17,8 +17,9 @@ from model import names
 from tests.model.test_count_memory import make_row
 from tests.trainer import silent
 from tests.trainer.peak import Peak
-from trainer import plan_memory, row
+from trainer import plan_memory, plan_rows, row
 from trainer.config import Precision, TrainConfig
+from trainer.parallel import stages
 from trainer.parallel.expert import RowExperts, leaves
 from trainer.plan import plan
 from trainer.plan_memory import Memory
@@ -146,8 +147,9 @@ TOLERANCE = 0.05
 def test_a_row_takes_what_is_planned(words: list[str]) -> None:
     config, length = configured(words, "fp32"), 128
     step = replace(plan(config).stages[-1].last, row_length=length, attention="sparse")
-    tensors = plan_memory.tensors(config.model, plan_memory.DTYPE_BYTES[config.precision.dtype])
-    planned = plan_memory.row_memory(config, tensors, step)
+    (part,) = stages.parts(config.parallel, config.model, length)
+    tensors = plan_memory.tensors(config.model, plan_memory.DTYPE_BYTES[config.precision.dtype], part)
+    planned = plan_rows.row_memory(config, tensors, step, part)
     assert planned.most == pytest.approx(measured_row(config, length), rel=TOLERANCE)
     assert max(planned.activations, planned.gradients) <= planned.most
 

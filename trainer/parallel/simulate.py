@@ -113,15 +113,23 @@ def _busy(events: Sequence[Event]) -> Amount:
 
 def in_flight(order: Order) -> int:
     """The most rows, counted once for each chunk, that a rank has taken forward and not yet begun to take back."""
-    return int(kept(order, defaultdict(lambda: 1)))
+    return kept(order, defaultdict(lambda: 1))
 
 
-def kept(order: Order, row_bytes: Mapping[int, int]) -> int:
-    """The most that rows in flight keep on a rank. row_bytes: of a row in a chunk, by number of the chunk."""
+def kept(order: Order, waiting: Mapping[int, int], passing: Mapping[int, int] | None = None) -> int:
+    """The most that rows in flight take on a rank. Both by number of the chunk.
+
+    waiting: of a row between its passes. passing: of one while it is on its way back, default as much.
+    """
     now = most = 0
     for action in passes(order):
-        now += row_bytes[action.chunk] * (1 if action.way == "forward" else -1)
-        most = max(most, now)
+        size = waiting[action.chunk]
+        if action.way == "forward":
+            now += size
+            most = max(most, now)
+        else:
+            now -= size
+            most = max(most, now + (passing or waiting)[action.chunk])
     return most
 
 

@@ -7,6 +7,7 @@ the last one the head and the MTP branch. Costs are FLOP of a row forwards and b
 """
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from functools import cache
 from itertools import accumulate, pairwise
 
@@ -17,6 +18,43 @@ from trainer.parallel.orders import chunks_of_rank
 from trainer.schedule_config import ScheduleConfig
 
 Sizes = tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Part:
+    """What a pipe rank holds. chunks: their numbers; layers: of each. depth: layers of the whole model.
+
+    branches: MTP branches of the model, which come with its last layer.
+    """
+
+    chunks: tuple[int, ...]
+    layers: tuple[range, ...]
+    depth: int
+    branches: int
+
+    @property
+    def is_first(self) -> bool:
+        return self.layers[0].start == 0
+
+    @property
+    def is_last(self) -> bool:
+        return self.layers[-1].stop == self.depth
+
+    @property
+    def is_tied(self) -> bool:
+        """Whether another rank holds the embedding, too: MTP embeds tokens behind the last layer."""
+        return self.is_first != self.is_last and self.branches > 0
+
+    def uses(self, leaf: str) -> bool:
+        """Whether passes here leave a gradient of this name; the MTP branch's uses of shared weights have their own."""
+        first, _, rest = leaf.partition(".")
+        if first == "layers":
+            return any(int(rest.partition(".")[0]) in layers for layers in self.layers)
+        return self.is_first if first == "embed" else self.is_last
+
+    def holds(self, parameter: str) -> bool:
+        """Whether a parameter or buffer is here."""
+        return self.uses(parameter) or (parameter == "embed.weight" and self.is_tied)
 
 
 def longest_row(schedule: ScheduleConfig) -> int:
@@ -42,6 +80,19 @@ def layers_of_rank(parallel: ParallelConfig, model: ModelConfig, row_length: int
     """The layers of a pipe rank's chunk, or of its two, the earlier first."""
     chunks = chunk_layers(parallel, model, row_length)
     return tuple(chunks[chunk] for chunk in chunks_of_rank(parallel.schedule, parallel.pipe, pipe_rank))
+
+
+def parts(parallel: ParallelConfig, model: ModelConfig, row_length: int) -> tuple[Part, ...]:
+    """What each pipe rank holds, in order."""
+    return tuple(
+        Part(
+            chunks=chunks_of_rank(parallel.schedule, parallel.pipe, rank),
+            layers=layers_of_rank(parallel, model, row_length, rank),
+            depth=model.num_hidden_layers,
+            branches=model.num_nextn_predict_layers,
+        )
+        for rank in range(parallel.pipe)
+    )
 
 
 def balanced(costs: Sequence[int], ranks: int, *, folded: bool) -> Sizes:
