@@ -36,7 +36,7 @@ class Memory:
     of what else is owned; sums, accumulators of all gradients that are made here. Of a row: activations, what its
     forward pass keeps, in a pipeline that of all rows in flight; gradients, those that wait for the end of its backward
     pass; row, the most of all that at a time, working memory included. Then: buffers, gradients on their way (fast
-    path); update, the reduced gradients and the optimizer's temporary copies.
+    path) and what streams arrive in; update, the reduced gradients and the optimizer's temporary copies.
     """
 
     weights: int
@@ -119,11 +119,15 @@ def is_trained(group: str, mode: AttentionMode) -> bool:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RowMemory:
-    """Of the rows that a rank has under way, the same on all with the same layers; see `Memory`. most: its `row`."""
+    """Of the rows that a rank has under way, the same on all with the same layers; see `Memory`. most: its `row`.
+
+    arriving: what the streams of a pipeline arrive in, where that stays.
+    """
 
     activations: int
     gradients: int
     most: int
+    arriving: int = 0
 
 
 def memory(config: TrainConfig, model: Tensors, owned: Sequence[Member], experts: int, row: RowMemory) -> Memory:
@@ -131,7 +135,8 @@ def memory(config: TrainConfig, model: Tensors, owned: Sequence[Member], experts
     mesh, width = config.parallel.mesh, DTYPE_BYTES[config.precision.dtype]
     state, exact = max(width, FP32_BYTES), config.parallel.reduction == "exact"
     here = model.dense + Elements({("matrix", False): _held(config, model)})
-    own = _elements(model, owned) + Elements({("matrix", False): experts * math.prod(model.expert)})
+    in_experts = experts * math.prod(model.expert)
+    own = _elements(model, owned) + Elements({("matrix", False): in_experts})
     matrices = sum(size for (kind, _), size in own.items() if kind == "matrix")
     lower = sum(size for (_, island), size in own.items() if not island) if width < state else 0
     return Memory(
@@ -143,8 +148,8 @@ def memory(config: TrainConfig, model: Tensors, owned: Sequence[Member], experts
         activations=row.activations,
         gradients=row.gradients,
         row=row.most,
-        buffers=0 if exact or mesh.size == 1 else _on_their_way(config, model, owned, experts),
-        update=_update(model, owned, experts, own, state),
+        buffers=row.arriving + (0 if exact or mesh.size == 1 else _on_their_way(config, model, owned, experts)),
+        update=_update(model, owned, experts, own, state, in_place=_in_place(config, own, in_experts)),
     )
 
 
@@ -178,7 +183,16 @@ def _on_their_way(config: TrainConfig, model: Tensors, owned: Sequence[Member], 
     return total
 
 
-def _update(model: Tensors, owned: Sequence[Member], experts: int, own: Elements, state: int) -> int:
+def _in_place(config: TrainConfig, own: Elements, in_experts: int) -> int:
+    """Own elements whose sums are the reduced gradients: on the fast path, those that no other rank has sums of."""
+    mesh = config.parallel.mesh
+    if config.parallel.reduction == "exact":
+        return 0
+    dense = own.total() - in_experts if mesh.data == 1 else 0
+    return dense + (in_experts if mesh.data == mesh.expert else 0)
+
+
+def _update(model: Tensors, owned: Sequence[Member], experts: int, own: Elements, state: int, *, in_place: int) -> int:
     """The reduced gradients, and the most that the optimizer adds at a time: a clipped copy and what follows it."""
     matrices = Counter(shape_of(member, model.shapes) for member in owned if member.kind == "matrix")
     matrices[model.expert] += experts
@@ -192,7 +206,7 @@ def _update(model: Tensors, owned: Sequence[Member], experts: int, own: Elements
     norm = 2 * FP64_BYTES * largest
     batch = max(_batch(shape, number) for shape, number in matrices.items()) * state
     rest = max(others, default=0) * 2 * FP64_BYTES
-    return gradients + max(norm, gradients + max(directions + batch, changes + rest))
+    return gradients - in_place * state + max(norm, gradients + max(directions + batch, changes + rest))
 
 
 def _batch(shape: tuple[int, ...], number: int) -> int:

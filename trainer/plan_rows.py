@@ -74,10 +74,14 @@ def _in_flight(config: TrainConfig, step: StepPlan, part: Part, rows: Sequence[R
         part.chunks[0],
         min(rows_of_column(config, step), ROWS_PER_RANK * parallel.pipe),
     )
+    # DeepSpeed keeps what streams and gradients arrive in: one tensor in 1F1B, from which they are copied; in DualPipeV
+    # those that came last, one on each way.
+    arriving = size * len(part.chunks)
     return RowMemory(
         activations=kept(order, waiting),
         gradients=max(row.gradients for row in rows),
-        most=kept(order, waiting, passing) + size * len(part.chunks),
+        most=kept(order, waiting, passing) + arriving,
+        arriving=arriving,
     )
 
 

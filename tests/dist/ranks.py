@@ -31,6 +31,7 @@ from trainer.parallel.mesh import Mesh
 from trainer.parallel.placement import Placement
 from trainer.parallel.world import ALONE, World, start
 from trainer.schedule import StepPlan
+from trainer.schedule_config import BatchConfig
 from trainer.step import StepResult, train_step
 
 PATIENCE_S = 120
@@ -46,6 +47,8 @@ def model(**changes: Any) -> ModelConfig:
 
 
 MODEL = model()
+SCHEDULE = tiny.schedule(batch=BatchConfig(tokens=32 * 48, start_tokens=32 * 48), indexer_warmup_batch_tokens=None)
+"""That of no case, whose steps have rows of their own; it has as many as DualPipeV asks of a run."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -78,7 +81,7 @@ class RankFailed(Exception):
 
 def config_of(case: Case, mesh: Mesh) -> TrainConfig:
     parallel = {"pipe": mesh.pipe, "data": mesh.data, "expert": mesh.expert, "owners_limit": mesh.owners}
-    changes = {"model": MODEL} | dict(case.changes)
+    changes = {"model": MODEL, "schedule": SCHEDULE} | dict(case.changes)
     given = ParallelConfig(**(parallel | changes.pop("parallel", {})))
     return replace(tiny.with_dtype(tiny.config(Path("none"), Path("none"), **changes), case.dtype), parallel=given)
 

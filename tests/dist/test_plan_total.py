@@ -55,6 +55,9 @@ BOTH_4, TWICE_4, EXPERT_4 = (
     Mesh(data=4, expert=2, owners=2),
     Mesh(data=4, expert=4, owners=4),
 )
+DEEP = replace(MODEL, num_hidden_layers=6, compress_ratios=(0, 4, 32, 4, 32, 0, 0))
+PIPE_4, FOLDED = Mesh(pipe=2, data=2, expert=2, owners=2), {"schedule": "dualpipev"}
+FAST_ROUNDED = {"reduction": "fast", "stream": "bf16"}
 FAST = {"parallel": {"reduction": "fast"}}
 FAST_BF16 = {"parallel": {"reduction": "fast", "dense_reduction": "bf16"}}
 BLOCK, PARTS = {"recompute": ("block",)}, {"recompute": ("attention", "experts")}
@@ -65,8 +68,9 @@ def case_of(dtype: str, changes: Mapping[str, Any]) -> Case:
 
 
 def step_of(mesh: Mesh, length: int) -> StepPlan:
-    """A row for each rank."""
-    return replace(steps.make_plan("sparse"), rows=mesh.size, row_length=length)
+    """A row for each rank; in a pipeline enough to fill it."""
+    rows = mesh.data * (2 * mesh.pipe + 1) if mesh.pipe > 1 else mesh.data
+    return replace(steps.make_plan("sparse"), rows=rows, row_length=length)
 
 
 def tell(rank: int, folder: Path, case: Case, mesh: Mesh, length: int) -> None:
@@ -76,8 +80,9 @@ def tell(rank: int, folder: Path, case: Case, mesh: Mesh, length: int) -> None:
     with Peak() as peak:
         built = ranks.built_of(case, mesh, world)
         held, peak.peak = peak.alive_bytes(), 0
-        built.parts.stream.rows = steps.FixedStream(batch=steps.make_batch(rows=mesh.size, length=length)).rows
-        train_step(built.parts, step_of(mesh, length), lambda: False)
+        step = step_of(mesh, length)
+        built.parts.stream.rows = steps.FixedStream(batch=steps.make_batch(rows=step.rows, length=length)).rows
+        train_step(built.parts, step, lambda: False)
     told = {"peak": peak.peak, "held": held, "grown": resident_bytes() - before}
     (folder / f"{rank}.json").write_text(json.dumps(told))
     world.close()
@@ -130,6 +135,26 @@ def test_a_step_takes_what_is_planned(
     mesh: Mesh, dtype: str, changes: Mapping[str, Any], length: int, processes: BaseContext, tmp_path: Path
 ) -> None:
     case = case_of(dtype, changes)
+    check(measured(processes, case, mesh, length, tmp_path), case, mesh, length)
+
+
+@pytest.mark.parametrize(
+    ("mesh", "dtype", "parallel", "length"),
+    [
+        pytest.param(Mesh(pipe=2), "fp32", {}, 256, id="1f1b"),
+        pytest.param(Mesh(pipe=3), "fp32", {}, 512, id="1f1b on three", marks=pytest.mark.slow),
+        pytest.param(Mesh(pipe=2), "bf16", {}, 512, id="1f1b, bf16", marks=pytest.mark.slow),
+        pytest.param(Mesh(pipe=2), "fp32", FOLDED, 512, id="dualpipev", marks=pytest.mark.slow),
+        pytest.param(Mesh(pipe=3), "fp32", FOLDED, 512, id="dualpipev on three", marks=pytest.mark.slow),
+        pytest.param(Mesh(pipe=2), "fp32", FAST_ROUNDED, 512, id="1f1b, fast", marks=pytest.mark.slow),
+        pytest.param(Mesh(pipe=2), "fp32", FOLDED | FAST_ROUNDED, 512, id="dualpipev, fast", marks=pytest.mark.slow),
+        pytest.param(PIPE_4, "fp32", {}, 512, id="1f1b, experts shared out", marks=pytest.mark.slow),
+    ],
+)
+def test_a_step_in_stages_takes_what_is_planned(
+    mesh: Mesh, dtype: str, parallel: Mapping[str, Any], length: int, processes: BaseContext, tmp_path: Path
+) -> None:
+    case = case_of(dtype, {"model": DEEP, "parallel": parallel})
     check(measured(processes, case, mesh, length, tmp_path), case, mesh, length)
 
 

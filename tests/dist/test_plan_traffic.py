@@ -4,6 +4,7 @@ import json
 from collections import Counter
 from collections.abc import Callable
 from functools import partial
+from itertools import chain
 from multiprocessing.context import BaseContext
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import distributed_c10d
 
+from model.config import InitConfig
 from model.logical import logical_tensors
 from optim import zero
 from tests.dist import ranks
@@ -34,9 +36,16 @@ AGAIN = Case(rows=ROWS, changes={"recompute": ("experts",)})
 WHOLE_AGAIN = Case(rows=ROWS, changes={"recompute": ("block", "attention")})
 DATA_2, EXPERT_2 = Mesh(data=2, owners=2), Mesh(data=2, expert=2, owners=2)
 BOTH, TWICE, LONE = Mesh(data=4, expert=2, owners=4), Mesh(data=4, expert=2, owners=2), Mesh(data=2, owners=1)
+DEEP = ranks.model(num_hidden_layers=4, compress_ratios=(4, 8, 4, 8, 0))
+INIT = InitConfig(std=0.05, hc_scale=0.02)
+"""A scale that the first step does not take to zero, for what has no gradient is not sent."""
+PIPED, FOLDED, PIPED_FAST = (
+    Case(rows=(4, 5, 7), changes={"model": DEEP, "init": INIT, "parallel": parallel})
+    for parallel in ({}, {"schedule": "dualpipev"}, {"reduction": "fast", "stream": "bf16"})
+)
 KINDS = {"all_to_all_single": 1, "reduce": 0, "broadcast": 0, "all_reduce": 0, "all_gather": 1}
 """The functions that are watched, and the place of what a rank gives among their arguments."""
-AXES = ("data", "expert", "replicas", "owners", "same_owners")
+AXES = ("data", "expert", "replicas", "owners", "same_owners", "ends")
 Told = dict[str, list[int]]
 """Calls and bytes by "kind axis"."""
 
@@ -58,12 +67,35 @@ def watch(world: World, seen: Counter[str], sizes: Counter[str]) -> None:
         setattr(dist, kind, partial(watched, kind, place, getattr(dist, kind)))
 
 
+def watch_streams(seen: Counter[str], sizes: Counter[str]) -> None:
+    """Count what DeepSpeed sends for this process, one by one or in batches; shapes, which are integers, are not."""
+
+    def note(tensor: Tensor) -> None:
+        if tensor.is_floating_point():
+            seen["send pipe"] += 1
+            sizes["send pipe"] += tensor.numel() * tensor.element_size()
+
+    def send(tensor: Tensor, *given: Any, **named: Any) -> Any:
+        note(tensor)
+        return alone(tensor, *given, **named)
+
+    def batch(transfers: list[Any]) -> Any:
+        for one in transfers:
+            if one.op.__name__ == "isend":
+                note(one.tensor)
+        return together(transfers)
+
+    alone, together = dist.send, dist.batch_isend_irecv
+    dist.send, dist.batch_isend_irecv = send, batch
+
+
 def tell(rank: int, folder: Path, case: Case, mesh: Mesh) -> None:
     """What a rank gives in each step."""
     world = start(mesh, ranks.placement(rank, mesh.size, folder), ranks.CPU)
     built = ranks.built_of(case, mesh, world)
     seen, sizes, told = Counter[str](), Counter[str](), []
     watch(world, seen, sizes)
+    watch_streams(seen, sizes)
     for number in range(len(case.rows)):
         ranks.step_of(built, case, number)
         built.parts.handout.settle()
@@ -95,7 +127,7 @@ def sent(processes: BaseContext, case: Case, mesh: Mesh, folder: Path) -> list[T
     ranks.spawn(processes, tell, mesh.size, folder, case, mesh)
     of_ranks = [json.loads((folder / f"{rank}.json").read_text()) for rank in range(mesh.size)]
     return [
-        {key: [sum(one[key][at] for one in step) for at in (0, 1)] for key in step[0] if key != "came"}
+        {key: [sum(one.get(key, (0, 0))[at] for one in step) for at in (0, 1)] for key in {*chain(*step)} - {"came"}}
         for step in zip(*of_ranks, strict=True)
     ]
 
@@ -116,6 +148,25 @@ def sent(processes: BaseContext, case: Case, mesh: Mesh, folder: Path) -> list[T
 )
 def test_ranks_send_what_is_planned(case: Case, mesh: Mesh, processes: BaseContext, tmp_path: Path) -> None:
     found, expected = sent(processes, case, mesh, tmp_path), planned(case, mesh)
+    assert found == expected
+
+
+@pytest.mark.parametrize(
+    ("case", "mesh"),
+    [
+        pytest.param(PIPED, Mesh(pipe=2), id="1f1b"),
+        pytest.param(FOLDED, Mesh(pipe=2), id="dualpipev", marks=pytest.mark.slow),
+        pytest.param(PIPED, Mesh(pipe=2, data=2, expert=2, owners=2), id="1f1b, experts", marks=pytest.mark.slow),
+        pytest.param(PIPED_FAST, Mesh(pipe=2, data=2, owners=2), id="1f1b, fast", marks=pytest.mark.slow),
+        pytest.param(PIPED, Mesh(pipe=4), id="1f1b on four", marks=pytest.mark.slow),
+    ],
+)
+def test_pipe_ranks_send_what_is_planned(case: Case, mesh: Mesh, processes: BaseContext, tmp_path: Path) -> None:
+    """And two numbers for the embedding that both ends use, on the exact path."""
+    found, expected = sent(processes, case, mesh, tmp_path), planned(case, mesh)
+    for told in found if case is PIPED else ():
+        calls, size = told.pop("all_gather ends")
+        assert (calls, size) == (2 * mesh.data, 2 * mesh.data * 16)
     assert found == expected
 
 
