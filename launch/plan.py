@@ -134,8 +134,9 @@ def _layout(plan: "Plan") -> list[list[str]]:
     blocks += [_table(plan_parallel.ranks(layout))] if several else []
     blocks += [[*memory, *plan_parallel.MEMORY_NOTES], _table(plan_parallel.activations(layout))]
     if layout.pipeline is not None:
-        table = _table(plan_pipe.ranks(layout.pipeline, layout.dearest))
-        table[0] += f"  in stage {layout.dearest + 1}" if len(plan.stages) > 1 else ""
+        busiest = max(range(len(plan.stages)), key=lambda stage: plan.stages[stage].flops)
+        table = _table(plan_pipe.ranks(layout.pipeline, busiest))
+        table[0] += f"  in stage {busiest + 1}" if len(plan.stages) > 1 else ""
         blocks += [[*table, *plan_pipe.NOTES], _table(plan_pipe.bubbles(layout.pipeline))]
     traffic = plan_parallel.traffic(layout)
     return [*blocks, [*_table(traffic), *plan_parallel.TRAFFIC_NOTES]] if traffic else blocks

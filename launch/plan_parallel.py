@@ -75,8 +75,8 @@ def ranks(layout: "Layout") -> list[Row]:
         return [heading, *((name, *_pipe(layout, role), held, *_role(role)) for name, held, role in lines)]
     roles = list(layout.roles)
     if len(roles) > MOST_ROLES:
-        which = "largest of each pipe rank" if of.pipe > 1 else "largest and smallest"
-        heading = (f"{which} of {len(roles)} roles", *heading[1:])
+        which = "largest of" if of.pipe > 1 else "largest and smallest of"
+        heading = (f"{which} {len(roles)} roles", *heading[1:])
         roles = layout.largest_by_pipe if of.pipe > 1 else [layout.largest, layout.smallest]
     named = [(_some(role.ranks), _held(layout, role.ranks[0]) if len(role.ranks) == 1 else "", role) for role in roles]
     return [heading, *((name, *_pipe(layout, role), held, *_role(role)) for name, held, role in named)]

@@ -10,9 +10,9 @@ if TYPE_CHECKING:
     from trainer.plan_pipe import Chunk, Pipeline, Played
 
 NOTES = (
-    "share of FLOP: of the longest row, attention sparse, for which stages are balanced. bubble: share of the time in",
-    "which a rank waits, if passes take what their FLOP say and transfers nothing. in flight: rows between passes,",
-    "counted for each chunk. streams sent: by each rank of the line in a step, there and, as gradients, back",
+    "share of FLOP: of a row of the length of most tokens, attention sparse, for which ranks are balanced. bubble: of",
+    "the time, in which a rank waits, if passes take what their FLOP say and transfers nothing. in flight: most rows",
+    "between their passes, counted for each chunk. streams sent: by such a rank in a step, as gradients on the way back",
 )
 Row = Sequence[str]
 

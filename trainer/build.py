@@ -25,7 +25,7 @@ from trainer.parallel.apply import apply_kernels, choose_kernels
 from trainer.parallel.expert import apply_experts
 from trainer.parallel.fast import Dtypes, EarlyHandout, FastSum
 from trainer.parallel.owners import ExactReduction, Handout, Ownership
-from trainer.parallel.stages import chunk_layers, layers_of_rank, longest_row
+from trainer.parallel.stages import chunk_layers, layers_of_rank, usual_row
 from trainer.parallel.world import ALONE, World
 from trainer.pieces import Piece, whole
 from trainer.pool import RowPool
@@ -148,7 +148,7 @@ def _pipeline(config: TrainConfig, model: Transformer, world: World) -> "Pipelin
     from trainer.parallel.pipeline import pipeline
 
     parallel = config.parallel
-    chunks = chunk_layers(parallel, config.model, longest_row(config.schedule))
+    chunks = chunk_layers(parallel, config.model, usual_row(config.schedule))
     travels = torch.bfloat16 if parallel.stream == "bf16" else model.dtype
     made = pipeline(model, parallel.schedule, chunks, world.column, travels)
     model.relay = made.relay
@@ -173,7 +173,7 @@ def build_model(config: TrainConfig, device: torch.device, world: World = ALONE)
     number, share = config.model.n_routed_experts, world.place.expert
     each = number // world.mesh.expert
     held = range(share * each, (share + 1) * each)
-    chunks = layers_of_rank(config.parallel, config.model, longest_row(config.schedule), world.place.pipe)
+    chunks = layers_of_rank(config.parallel, config.model, usual_row(config.schedule), world.place.pipe)
     layers = [number for chunk in chunks for number in chunk]
     with device:
         model = Transformer(config.model, DTYPES[config.precision.dtype], held, layers)

@@ -82,7 +82,7 @@ class Layout:
 def layout(config: TrainConfig, steps: Sequence[StepPlan]) -> Layout:
     """The layout of a run; steps: the last of each stage."""
     mesh, every = config.parallel.mesh, members(logical_tensors(config.model))
-    parts = stages.parts(config.parallel, config.model, stages.longest_row(config.schedule))
+    parts = stages.parts(config.parallel, config.model, stages.usual_row(config.schedule))
     pipe = [_shares(config, part, every) for part in parts]
     rows = tuple(tuple(plan_rows.row_memory(config, of.model, step, of.part) for step in steps) for of in pipe)
     dearest = max(range(len(steps)), key=lambda stage: max(of[stage].most for of in rows))

@@ -13,7 +13,7 @@ from model.inventory import released_tensors
 from trainer.config import TrainConfig
 from trainer.parallel.orders import Order, rank_of_chunk, training_order
 from trainer.parallel.simulate import Profile, Run, in_flight, sends, simulate
-from trainer.parallel.stages import Part, longest_row
+from trainer.parallel.stages import Part, usual_row
 from trainer.plan_rows import rows_of_column, stream_bytes
 from trainer.schedule import StepPlan
 
@@ -25,7 +25,7 @@ MOST_PLAYED = 256
 class Chunk:
     """A contiguous part of the layers. parameters: with embedding, head and MTP branch; share: of the FLOP of a row.
 
-    passes: FLOP of the longest row, attention sparse, for which stages are balanced.
+    passes: FLOP of a row of the length that stages are balanced for, attention sparse.
     """
 
     rank: int
@@ -95,7 +95,7 @@ def _passes(config: TrainConfig, row_length: int, mode: AttentionMode, parts: Se
 
 
 def _chunks(config: TrainConfig, parts: Sequence[Part]) -> tuple[Chunk, ...]:
-    passes = _passes(config, longest_row(config.schedule), "sparse", parts)
+    passes = _passes(config, usual_row(config.schedule), "sparse", parts)
     whole = sum(one.total for one in passes)
     alone = [
         (number, replace(part, chunks=(number,), layers=(layers,)))

@@ -18,7 +18,7 @@ from model.count import depth_flops, training_flops
 from tests.model.released import released_config
 from tests.model.test_count import VARIANTS
 from trainer.config import ParallelConfig
-from trainer.parallel.stages import balanced, chunk_layers, layers_of_rank, longest_row
+from trainer.parallel.stages import balanced, chunk_layers, layers_of_rank, usual_row
 from trainer.schedule_config import RowLengthStage
 
 MODELS = {name: released_config(name) for name in ("flash", "pro")} | {"debug": compose([]).config.model} | VARIANTS
@@ -111,10 +111,19 @@ def test_one_rank_has_all_layers() -> None:
     assert layers_of_rank(ParallelConfig(), MODELS["flash"], 4096, 0) == (range(MODELS["flash"].num_hidden_layers),)
 
 
-def test_the_longest_row_decides() -> None:
-    schedule = compose([]).config.schedule
-    rows = (RowLengthStage(from_tokens=0, value=128), RowLengthStage(from_tokens=10**6, value=64))
-    assert longest_row(replace(schedule, row_length=rows)) == 128
+def test_the_row_length_of_most_tokens_decides() -> None:
+    unit = 1000  # tokens, so that a run has as many as its rates ask for
+    schedule = replace(compose([]).config.schedule, total_tokens=1000 * unit)
+
+    def usual(*lengths: tuple[int, int]) -> int:
+        stages = tuple(RowLengthStage(from_tokens=start * unit, value=value) for start, value in lengths)
+        return usual_row(replace(schedule, row_length=stages))
+
+    assert usual((0, 64)) == 64
+    assert usual((0, 64), (300, 128), (900, 256)) == 128
+    assert usual((0, 64), (500, 128)) == 128
+    assert usual((0, 64), (300, 128), (700, 64)) == 64
+    assert usual((0, 64), (900, 128), (5000, 256)) == 64
 
 
 @pytest.mark.parametrize(("schedule", "most"), [("1f1b", 61), ("dualpipev", 30)])

@@ -3,9 +3,11 @@
 A chunk is a contiguous range of main layers. 1F1B: rank r of P has chunk r. DualPipeV: ranks have chunks r and
 2 P - 1 - r, so that rank 0 has both ends. The first chunk has the embedding too, which is looked up and costs nothing;
 the last one the head and the MTP branch. Costs are FLOP of a row forwards and backwards, attention sparse
-(`model.count.depth_flops`): the ranks of a run are balanced for one length, its longest, and stay as they are.
+(`model.count.depth_flops`). Weights cannot move while a run goes on, so that ranks are balanced for one length of rows,
+that of most tokens.
 """
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -57,15 +59,19 @@ class Part:
         return self.uses(parameter) or (parameter == "embed.weight" and self.is_tied)
 
 
-def longest_row(schedule: ScheduleConfig) -> int:
-    """The row length that stages are balanced for: the schedule's longest, where a run spends its last tokens."""
-    return max(stage.value for stage in schedule.row_length)
+def usual_row(schedule: ScheduleConfig) -> int:
+    """The row length that stages are balanced for: that of most of the run's tokens, the longer where two are equal."""
+    starts = [min(stage.from_tokens, schedule.total_tokens) for stage in schedule.row_length]
+    tokens = Counter[int]()
+    for stage, (start, end) in zip(schedule.row_length, pairwise([*starts, schedule.total_tokens]), strict=True):
+        tokens[stage.value] += end - start
+    return max(tokens, key=lambda length: (tokens[length], length))
 
 
 def chunk_layers(parallel: ParallelConfig, model: ModelConfig, row_length: int) -> tuple[range, ...]:
     """The layers of each chunk of the pipeline, in order; every layer once, each chunk at least one.
 
-    row_length: `longest_row` of the run's schedule, the same on all ranks. `parallel.stages`, if given, decides alone.
+    row_length: `usual_row` of the run's schedule, the same on all ranks. `parallel.stages`, if given, decides alone.
     """
     sizes = parallel.stages
     if not sizes:
