@@ -3,34 +3,62 @@
 import json
 from collections.abc import Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from launch import arguments, plan_decoding, plan_parallel, plan_pipe
+from launch import arguments, draw, plan_decoding, plan_parallel, plan_pipe
 
 if TYPE_CHECKING:
+    from trainer.config import TrainConfig
     from trainer.plan import Plan, Stage
 
 HELP = "print parameters, FLOP, schedule, ranks, memory, traffic and decoding of a run without starting it"
 USAGE = f"""
-keel plan [--json] [KEY=VALUE ...]
+keel plan [--json] [--draw FILE.svg] [KEY=VALUE ...]
 
 {HELP}.
 
-  --json       the same numbers, exact, for programs
-  KEY=VALUE    overrides, e.g. recipe=flash, model=small (keel config show lists all keys)
+  --json           the same numbers, exact, for programs
+  --draw FILE.svg  also draw the schedule of the pipeline (parallel.pipe above 1), played through by FLOP
+  KEY=VALUE        overrides, e.g. recipe=flash, model=small (keel config show lists all keys)
 """
 Row = Sequence[str]
 
 
 def main(argv: list[str]) -> int:
     """Compose a configuration and print its plan."""
-    given = arguments.parse(argv, {"--json": bool}, USAGE)
+    given = arguments.parse(argv, {"--json": bool, "--draw": str}, USAGE)
     from launch.compose import compose
     from trainer.plan import plan
 
-    planned = plan(compose(given.words).config)
+    config = compose(given.words).config
+    planned = plan(config)
+    if given.flags["--draw"] is not None:
+        _draw(config, planned, Path(given.flags["--draw"]))
     print(json.dumps(as_json(planned), indent=2) if given.flags["--json"] else render(planned))
     return 0
+
+
+def _draw(config: "TrainConfig", plan: "Plan", path: Path) -> None:
+    """The last step of the stage that has the most FLOP; of many rows some, for the middle repeats itself."""
+    if plan.layout.pipeline is None:
+        raise ValueError(f"--draw = {path}: expected a pipeline, parallel.pipe above 1")
+    from trainer.plan_pipe import play
+
+    stage = busiest(plan)
+    step, rows = plan.stages[stage].last, plan.layout.pipeline.played[stage].rows
+    drawn = min(rows, draw.ROWS_PER_RANK * config.parallel.pipe)
+    of_rows = f"{rows} rows" if drawn == rows else f"{drawn} of {rows} rows"
+    picture = draw.svg(play(config, step, drawn), f"{plan.name}, {config.parallel.schedule}: {of_rows} on each column")
+    try:
+        path.write_text(picture, encoding="utf-8")
+    except OSError as error:
+        raise ValueError(f"--draw = {path}: expected a file that can be written ({error.strerror})") from None
+
+
+def busiest(plan: "Plan") -> int:
+    """The stage of the schedule that has the most FLOP."""
+    return max(range(len(plan.stages)), key=lambda stage: plan.stages[stage].flops)
 
 
 def as_json(plan: "Plan") -> dict[str, Any]:
@@ -134,9 +162,8 @@ def _layout(plan: "Plan") -> list[list[str]]:
     blocks += [_table(plan_parallel.ranks(layout))] if several else []
     blocks += [[*memory, *plan_parallel.MEMORY_NOTES], _table(plan_parallel.activations(layout))]
     if layout.pipeline is not None:
-        busiest = max(range(len(plan.stages)), key=lambda stage: plan.stages[stage].flops)
-        table = _table(plan_pipe.ranks(layout.pipeline, busiest))
-        table[0] += f"  in stage {busiest + 1}" if len(plan.stages) > 1 else ""
+        table = _table(plan_pipe.ranks(layout.pipeline, busiest(plan)))
+        table[0] += f"  in stage {busiest(plan) + 1}" if len(plan.stages) > 1 else ""
         blocks += [[*table, *plan_pipe.NOTES], _table(plan_pipe.bubbles(layout.pipeline))]
     traffic = plan_parallel.traffic(layout)
     return [*blocks, [*_table(traffic), *plan_parallel.TRAFFIC_NOTES]] if traffic else blocks

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 NOTES = (
     "share of FLOP: of a row of the length of most tokens, attention sparse, for which ranks are balanced. bubble: of",
     "the time, in which a rank waits, if passes take what their FLOP say and transfers nothing. in flight: most rows",
-    "between their passes, counted for each chunk. streams sent: by such a rank in a step, as gradients on the way back",
+    "between their passes, counted for each chunk. streams sent: by such a rank in a step, and gradients of streams",
 )
 Row = Sequence[str]
 

@@ -11,9 +11,10 @@ from model.config import AttentionMode
 from model.count import Passes, depth_flops
 from model.inventory import released_tensors
 from trainer.config import TrainConfig
+from trainer.parallel import stages
 from trainer.parallel.orders import Order, rank_of_chunk, training_order
 from trainer.parallel.simulate import Profile, Run, in_flight, sends, simulate
-from trainer.parallel.stages import Part, usual_row
+from trainer.parallel.stages import Part
 from trainer.plan_rows import rows_of_column, stream_bytes
 from trainer.schedule import StepPlan
 
@@ -73,6 +74,12 @@ def pipeline(config: TrainConfig, steps: Sequence[StepPlan], parts: Sequence[Par
     )
 
 
+def play(config: TrainConfig, step: StepPlan, rows: int) -> Run:
+    """The schedule of a column, with so many rows of this step, by FLOP."""
+    parts = stages.parts(config.parallel, config.model, stages.usual_row(config.schedule))
+    return simulate(orders(config, rows), profile(config, step, parts))
+
+
 def orders(config: TrainConfig, rows: int) -> list[Order]:
     """Of all ranks of a column that takes so many rows."""
     parallel = config.parallel
@@ -95,7 +102,7 @@ def _passes(config: TrainConfig, row_length: int, mode: AttentionMode, parts: Se
 
 
 def _chunks(config: TrainConfig, parts: Sequence[Part]) -> tuple[Chunk, ...]:
-    passes = _passes(config, usual_row(config.schedule), "sparse", parts)
+    passes = _passes(config, stages.usual_row(config.schedule), "sparse", parts)
     whole = sum(one.total for one in passes)
     alone = [
         (number, replace(part, chunks=(number,), layers=(layers,)))
