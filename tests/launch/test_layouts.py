@@ -30,6 +30,10 @@ IMPOSSIBLE = {
     "threads=1 parallel.pipe=2 parallel.stream=bf16": "parallel.stream = bf16: expected model where "
     "parallel.reduction=exact",
     "parallel.schedule=dualpipev": "parallel.schedule = dualpipev: expected 1f1b where parallel.pipe=1",
+    "model=small parallel=pipe2 parallel.data=2 parallel.schedule=dualpipev schedule.batch.start_tokens=3584": (
+        "parallel.schedule = dualpipev: expected 1f1b, or twice parallel.pipe=2 rows on each of parallel.data=2 ranks; "
+        "step 1 has 7 rows in all"
+    ),
     "parallel.context=4": "parallel.context = 4: expected 1: larger sizes are not there yet",
     "parallel.pipe=0": "parallel.pipe = 0: expected a positive number of ranks",
     "parallel.data=-1": "parallel.data = -1: expected a positive number of ranks",
@@ -38,13 +42,19 @@ IMPOSSIBLE = {
     "parallel.check_every_steps=-1": "parallel.check_every_steps = -1: expected at least 0 (0 never)",
     "parallel.reduction=exakt": "parallel.reduction = exakt: expected one of exact, fast",
     "parallel.dense_reduction=fp16": "parallel.dense_reduction = fp16: expected one of fp32, bf16",
-    "parallel=cpu3": "parallel = cpu3: expected one of cpu2, cpu4, cpu8, single",
+    "parallel=cpu3": "parallel = cpu3: expected one of cpu2, cpu4, cpu8, pipe2, pipe4, single",
 }
 POSSIBLE = {
     "parallel=single": Mesh(),
     "parallel=cpu2": Mesh(data=2, expert=2, owners=2),
     "parallel=cpu4": Mesh(data=4, expert=2, owners=4),
     "parallel=cpu8": Mesh(data=8, expert=4, owners=8),
+    "parallel=pipe2": Mesh(pipe=2),
+    "parallel=pipe4": Mesh(pipe=2, data=2, expert=2, owners=2),
+    # With experts to wait for, a rank without a row in the last round passes an empty one on.
+    "model=small parallel=pipe4 parallel.schedule=dualpipev schedule.batch.start_tokens=3584": Mesh(
+        pipe=2, data=2, expert=2, owners=2
+    ),
     "parallel.data=3": Mesh(data=3, owners=3),
     "threads=1 parallel.data=12 parallel.expert=4": Mesh(data=12, expert=4, owners=12),
     "parallel.data=96": Mesh(data=96, owners=48),
