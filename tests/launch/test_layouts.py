@@ -51,10 +51,6 @@ POSSIBLE = {
     "parallel=cpu8": Mesh(data=8, expert=4, owners=8),
     "parallel=pipe2": Mesh(pipe=2),
     "parallel=pipe4": Mesh(pipe=2, data=2, expert=2, owners=2),
-    # With experts to wait for, a rank without a row in the last round passes an empty one on.
-    "model=small parallel=pipe4 parallel.schedule=dualpipev schedule.batch.start_tokens=3584": Mesh(
-        pipe=2, data=2, expert=2, owners=2
-    ),
     "parallel.data=3": Mesh(data=3, owners=3),
     "threads=1 parallel.data=12 parallel.expert=4": Mesh(data=12, expert=4, owners=12),
     "parallel.data=96": Mesh(data=96, owners=48),
@@ -77,6 +73,14 @@ def test_a_possible_layout_is_its_mesh(words: str) -> None:
     config = compose(words.split()).config
     assert config.model.n_routed_experts == EXPERTS
     assert config.parallel.mesh == POSSIBLE[words]
+
+
+def test_ranks_that_wait_for_experts_pass_an_empty_row_on() -> None:
+    """7 rows on 2 data ranks are 4 rounds for both where experts are shared out: enough for DualPipeV on 2 ranks."""
+    words = ["model=small", "parallel=pipe4", "parallel.schedule=dualpipev", "schedule.batch.start_tokens=3584"]
+    assert compose(words).config.parallel.chunks == 4
+    with pytest.raises(ValueError, match="step 1 has 7 rows in all"):
+        compose([*words, "parallel.expert=1"])
 
 
 def test_every_layout_has_a_test() -> None:
