@@ -97,7 +97,7 @@ def test_json_has_every_role_and_exchange(capsys: pytest.CaptureFixture[str]) ->
 
 def test_the_example_of_the_document_is_what_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
     lines = printed(CPU4, capsys)
-    page = (CONFIGS.parent / "docs" / "parallel.md").read_text(encoding="utf-8")
+    page = (CONFIGS.parent / "docs" / "parallelism.md").read_text(encoding="utf-8")
     blocks = re.findall(r"^```\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
     shown = [block for block in blocks if "mesh of 4 ranks" in block or "sent by a rank" in block]
     assert len(shown) == 2
