@@ -7,6 +7,7 @@ from xml.etree import ElementTree
 import pytest
 
 from launch import draw
+from launch.compose import CONFIGS
 from launch.main import main
 from trainer.parallel.orders import Schedule, training_order
 from trainer.parallel.simulate import Profile, Run, simulate
@@ -75,6 +76,19 @@ def test_keel_plan_draws_the_schedule_of_the_configuration(tmp_path: Path, capsy
     picture = ElementTree.fromstring(file.read_text(encoding="utf-8"))
     assert (picture.find(f"{SVG}text").text or "").startswith("debug, 1f1b: 8 ")
     assert len(boxes(picture, "F")) == 2 * 8 + 1
+
+
+def test_the_drawings_of_the_documents_are_what_their_commands_draw(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page = (CONFIGS.parent / "docs" / "parallelism.md").read_text(encoding="utf-8")
+    commands = re.findall(r"^\./keel plan (.+) --draw (docs/drawings/\S+\.svg)$", page, re.MULTILINE)
+    shown = re.findall(r"!\[[^\]]+\]\((drawings/\S+)\)", page)
+    assert [f"docs/{name}" for name in shown] == [name for _, name in commands]
+    for words, name in commands:
+        assert main(["plan", *words.split(), "--draw", str(tmp_path / "new.svg")]) == 0
+        assert (tmp_path / "new.svg").read_bytes() == (CONFIGS.parent / name).read_bytes(), name
+    capsys.readouterr()
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from trainer.plan import plan
 from trainer.plan_parallel import Layout
 
 CPU4 = ["parallel=cpu4"]
+PIPE2 = ["model=small", "parallel=pipe2"]
 LARGE = ["threads=1", "parallel.data=256", "parallel.expert=64"]
 
 
@@ -78,6 +79,38 @@ def test_a_large_mesh_is_printed_by_roles(recipe: str, reduction: str, capsys: p
     assert {"tokens", "their", "dense", "experts'", "between", "new", "total"} <= sent
 
 
+@pytest.mark.parametrize(
+    "words", [PIPE2, ["model=small", "parallel=pipe4"], ["recipe=pro", "parallel.pipe=16", *LARGE]]
+)
+def test_a_pipeline_is_printed_by_rank(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    lines, pipeline = printed(words, capsys), layout(words).pipeline
+    assert pipeline is not None
+    ranks = table(lines, "pipe ranks, 1f1b")
+    rows = ranks[1 : pipeline.ranks + 1]
+    assert [row[0] for row in rows] == [str(rank) for rank in range(pipeline.ranks)]
+    for row, chunk in zip(rows, pipeline.chunks, strict=True):
+        assert str(chunk.layers[0]) in row
+        assert f"{chunk.parameters:,}" in row
+        assert f"{100 * chunk.share:.1f}" in row
+    (bubbles,) = [line for line in lines if line.startswith("bubble of all ranks")]
+    assert bubbles.split()[4::2] == [f"{100 * one.bubble:.1f}" for one in pipeline.played]
+    sent = [line.split("  ")[0] for line in lines if re.search(r" send +\d+ pipe| \d+ ends", line)]
+    assert sent == ["streams", "gradients of streams", "embedding between ends"]
+
+
+def test_a_pipeline_is_in_json(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "--json", *PIPE2, "parallel.schedule=dualpipev"]) == 0
+    found, pipeline = json.loads(capsys.readouterr().out)["layout"], layout([*PIPE2, "parallel.schedule=dualpipev"])
+    assert pipeline.pipeline is not None
+    told = found["pipeline"]
+    assert [chunk["layers"] for chunk in told["chunks"]] == [list(one.layers) for one in pipeline.pipeline.chunks]
+    assert [chunk["rank"] for chunk in told["chunks"]] == [0, 1, 1, 0]
+    assert [stage["bubble"] for stage in told["stages"]] == [one.bubble for one in pipeline.pipeline.played]
+    assert [stage["in_flight"] for stage in told["stages"]] == [[5, 5]] * len(told["stages"])
+    assert [role["pipe"] for role in found["roles"]] == [0, 1]
+    assert len(found["rows_bytes"]) == 2
+
+
 def axes_of(lines: list[str]) -> dict[str, str]:
     return {line[0]: line[1] for line in table(lines, "mesh of 256 ranks")[1:]}
 
@@ -95,11 +128,16 @@ def test_json_has_every_role_and_exchange(capsys: pytest.CaptureFixture[str]) ->
     assert found["balance"]["flop"]["of_bound"] == planned.flop.of_bound
 
 
-def test_the_example_of_the_document_is_what_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
-    lines = printed(CPU4, capsys)
+@pytest.mark.parametrize(
+    ("words", "heads"), [(CPU4, ("mesh of 4 ranks", "sent by a rank")), (PIPE2, ("pipe ranks, 1f1b",))]
+)
+def test_the_examples_of_the_document_are_what_is_printed(
+    words: list[str], heads: tuple[str, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = printed(words, capsys)
     page = (CONFIGS.parent / "docs" / "parallelism.md").read_text(encoding="utf-8")
     blocks = re.findall(r"^```\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
-    shown = [block for block in blocks if "mesh of 4 ranks" in block or "sent by a rank" in block]
-    assert len(shown) == 2
+    shown = [block for block in blocks if any(head in block for head in heads)]
+    assert len(shown) == len(heads)
     for block in shown:
         assert [line for line in block.splitlines() if line not in lines and not line.startswith("$ ")] == []
