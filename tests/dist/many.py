@@ -24,7 +24,7 @@ from tests.dist.test_plan_traffic import KINDS, Told, watch
 from trainer import build, schedule
 from trainer.config import TrainConfig
 from trainer.device import DTYPES
-from trainer.parallel import fast, reduce
+from trainer.parallel import fast, reduce, stages
 from trainer.parallel.expert import ExpertDispatcher
 from trainer.parallel.mesh import Mesh
 from trainer.parallel.owners import EXPERTS, ExactReduction
@@ -64,6 +64,8 @@ def parts_of(config: TrainConfig, world: World, every: Sequence[Member]) -> Part
         patch.setattr(build, "members", lambda logicals: every)
         patch.setattr(schedule, "plan", lambda config: None)
         patch.setattr(groups, "table", lambda *given: "")
+        # What speaks with the neighbours in a pipeline; none of it holds anything.
+        patch.setattr(build, "_pipeline", lambda config, model, world: None)
         # What exact sums are converted in takes no memory here; in parts of the usual size it takes a minute.
         patch.setattr(reduce, "CHUNK", 1 << 40)
         return build.build(config, cast(Data, SimpleNamespace(train=None)), META, world).parts
@@ -81,6 +83,7 @@ def given_by(parts: Parts) -> Told:
         if isinstance(parts.sums, ExactReduction):
             bounds_P2 = torch.ones(len(parts.sums.totals()), 2, dtype=torch.float64)
             patch.setattr(parts.sums, "bounds", lambda: bounds_P2)
+            patch.setattr(parts.sums, "join", lambda name, group: group.add(parts.sums.totals()[name]))
         parts.sums.begin(0, every)
         parts.sums.finish()
         parts.handout.begin({name: weight.detach() for name, weight in parts.model.named_parameters()}, every)
@@ -115,19 +118,26 @@ def watch_within(patch: pytest.MonkeyPatch, world: World, seen: Counter[str], si
 def owned(config: TrainConfig, every: Sequence[Member]) -> list[list[Member]]:
     """By rank, what it owns: `optim.zero`'s assignment laid over the groups of the mesh, one after the other."""
     mesh, found = config.parallel.mesh, [list[Member]() for _ in range(config.parallel.mesh.size)]
-    dense = [member for member in every if member.group != EXPERTS]
-    of_dense = zero.assign_dense(dense, parameter_shapes(config.model), mesh.owners)
-    for first in range(0, mesh.size, mesh.owners):
-        group = mesh.owner_group(first)
-        for member, owner in zip(dense, of_dense, strict=True):
-            found[group[owner]].append(member)
-    held = config.model.n_routed_experts // mesh.expert
-    by_rank: list[list[Member]] = [[] for _ in range(mesh.expert)]
-    for member in every:
-        if member.group == EXPERTS:
-            by_rank[member.start // held].append(member)
-    for expert, here in enumerate(by_rank):
-        group = mesh.replica_group(expert)
-        for member, owner in zip(here, zero.assign_experts(here, len(group)), strict=True):
-            found[group[owner]].append(member)
+    shapes, held = parameter_shapes(config.model), config.model.n_routed_experts // mesh.expert
+    for part, line in zip(stages_of(config), range(0, mesh.size, mesh.data), strict=True):
+        here = [member for member in every if part.holds(member.parameter)]
+        dense = [member for member in here if member.group != EXPERTS]
+        of_dense = zero.assign_dense(dense, shapes, mesh.owners)
+        for first in range(line, line + mesh.data, mesh.owners):
+            group = mesh.owner_group(first)
+            for member, owner in zip(dense, of_dense, strict=True):
+                found[group[owner]].append(member)
+        by_rank: list[list[Member]] = [[] for _ in range(mesh.expert)]
+        for member in here:
+            if member.group == EXPERTS:
+                by_rank[member.start // held].append(member)
+        for expert, own in enumerate(by_rank):
+            group = mesh.replica_group(line + expert)
+            for member, owner in zip(own, zero.assign_experts(own, len(group)), strict=True):
+                found[group[owner]].append(member)
     return found
+
+
+def stages_of(config: TrainConfig) -> tuple[stages.Part, ...]:
+    """What each pipe rank holds."""
+    return stages.parts(config.parallel, config.model, stages.usual_row(config.schedule))

@@ -21,6 +21,7 @@ from trainer import plan_memory, plan_rows, row
 from trainer.config import Precision, TrainConfig
 from trainer.parallel import stages
 from trainer.parallel.expert import RowExperts, leaves
+from trainer.parallel.stages import Part
 from trainer.plan import plan
 from trainer.plan_memory import Memory
 from trainer.step import Parts, learn, train_only
@@ -44,13 +45,21 @@ def state_bytes(state: Mapping[str, Tensor], *prefixes: str) -> int:
     return size_bytes(tensor for name, tensor in state.items() if name.startswith(prefixes))
 
 
-def row_gradients(parts: Parts) -> int:
+def row_gradients(parts: Parts, chunk: Part) -> int:
     """Of the leaves that a row leaves gradients in: stacked experts' weights have leaves for each row instead."""
     instead = {id(w) for m in parts.model.modules() if isinstance(m, RowExperts) for w in (m.w1, m.w3, m.w2)}
-    return size_bytes(leaf for _, leaf, _ in leaves(parts.model) if id(leaf) not in instead)
+    return size_bytes(leaf for name, leaf, _ in leaves(parts.model) if id(leaf) not in instead and chunk.uses(name))
 
 
-def check_built(planned: Memory, parts: Parts, *, exact: bool) -> None:
+def whole(config: TrainConfig) -> Part:
+    """All layers."""
+    (part,) = stages.parts(config.parallel, config.model, 1)
+    return part
+
+
+def check_built(planned: Memory, parts: Parts, part: Part, *, exact: bool) -> None:
+    """part: the layers that the rank is to have; gradients of one chunk at a time wait for the end of a row."""
+    chunks = [replace(part, chunks=(c,), layers=(of,)) for c, of in zip(part.chunks, part.layers, strict=True)]
     state = parts.optimizer.state_dict()
     assert planned.weights == size_bytes(names.tensors(parts.model).values())
     assert planned.masters == state_bytes(state, "master/")
@@ -58,9 +67,9 @@ def check_built(planned: Memory, parts: Parts, *, exact: bool) -> None:
     assert planned.moments == state_bytes(state, "exp_avg/", "exp_avg_sq/")
     assert planned.sums == size_bytes(parts.sums.totals().values())
     if exact:
-        assert planned.gradients == row_gradients(parts)
+        assert planned.gradients == max(row_gradients(parts, chunk) for chunk in chunks)
     else:
-        assert planned.gradients == max(size_bytes([leaf]) for _, leaf, _ in leaves(parts.model))
+        assert planned.gradients == max(size_bytes([leaf]) for name, leaf, _ in leaves(parts.model) if part.uses(name))
 
 
 @pytest.mark.parametrize("words", LAYOUTS, ids=" ".join)
@@ -69,7 +78,7 @@ def test_every_rank_builds_what_is_planned(words: list[str]) -> None:
     layout = plan(config).layout
     for rank in range(layout.mesh.size):
         role, parts = layout.role_of(rank), silent.parts(config, rank)
-        check_built(role.memory, parts, exact=True)
+        check_built(role.memory, parts, whole(config), exact=True)
         assert role.load.members == len(parts.ownership.members())
         assert role.load.elements == sum(
             member.view(parts.optimizer._parameters[member.parameter]).numel() for member in parts.optimizer.members
@@ -81,7 +90,7 @@ def test_every_rank_builds_what_is_planned(words: list[str]) -> None:
 def test_other_types(dtype: Precision) -> None:
     for words in ([], ["parallel.data=2", "parallel.expert=2"]):
         config = configured(words, dtype)
-        check_built(plan(config).layout.role_of(0).memory, silent.parts(config, 0), exact=True)
+        check_built(plan(config).layout.role_of(0).memory, silent.parts(config, 0), whole(config), exact=True)
 
 
 @pytest.mark.parametrize("words", LAYOUTS[1:], ids=" ".join)
@@ -89,7 +98,7 @@ def test_the_fast_path(words: list[str]) -> None:
     config = configured([*words, "parallel.reduction=fast"])
     layout = plan(config).layout
     for rank in (0, layout.mesh.size - 1):
-        check_built(layout.role_of(rank).memory, silent.parts(config, rank), exact=False)
+        check_built(layout.role_of(rank).memory, silent.parts(config, rank), whole(config), exact=False)
 
 
 def measured_update(parts: Parts) -> int:
@@ -147,9 +156,8 @@ TOLERANCE = 0.05
 def test_a_row_takes_what_is_planned(words: list[str]) -> None:
     config, length = configured(words, "fp32"), 128
     step = replace(plan(config).stages[-1].last, row_length=length, attention="sparse")
-    (part,) = stages.parts(config.parallel, config.model, length)
-    tensors = plan_memory.tensors(config.model, plan_memory.DTYPE_BYTES[config.precision.dtype], part)
-    planned = plan_rows.row_memory(config, tensors, step, part)
+    tensors = plan_memory.tensors(config.model, plan_memory.DTYPE_BYTES[config.precision.dtype], whole(config))
+    planned = plan_rows.row_memory(config, tensors, step, whole(config))
     assert planned.most == pytest.approx(measured_row(config, length), rel=TOLERANCE)
     assert max(planned.activations, planned.gradients) <= planned.most
 
@@ -200,4 +208,4 @@ def test_a_planted_mistake_is_caught(mistake: str, monkeypatch: pytest.MonkeyPat
     config = configured(["parallel.data=2", "parallel.expert=2"])
     monkeypatch.setattr(plan_memory, *MISTAKES[mistake])
     with pytest.raises(AssertionError):
-        check_built(plan(config).layout.role_of(0).memory, silent.parts(config, 0), exact=True)
+        check_built(plan(config).layout.role_of(0).memory, silent.parts(config, 0), whole(config), exact=True)
