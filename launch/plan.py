@@ -10,16 +10,20 @@ from launch import arguments, draw, plan_decoding, plan_parallel, plan_pipe
 
 if TYPE_CHECKING:
     from trainer.config import TrainConfig
+    from trainer.parallel.simulate import Profile
     from trainer.plan import Plan, Stage
 
 HELP = "print parameters, FLOP, schedule, ranks, memory, traffic and decoding of a run without starting it"
 USAGE = f"""
-keel plan [--json] [--draw FILE.svg] [KEY=VALUE ...]
+keel plan [--json] [--draw FILE.svg] [--times FILE.json] [KEY=VALUE ...]
 
 {HELP}.
 
   --json           the same numbers, exact, for programs
   --draw FILE.svg  also draw the schedule of the pipeline (parallel.pipe above 1), played through by FLOP
+  --times FILE.json
+                   play it through by these times instead: {{"forward": [...], "backward": [...], "transfer": T}},
+                   seconds of a row in each chunk, and of its streams from one rank to the next
   KEY=VALUE        overrides, e.g. recipe=flash, model=small (keel config show lists all keys)
 """
 Row = Sequence[str]
@@ -27,19 +31,21 @@ Row = Sequence[str]
 
 def main(argv: list[str]) -> int:
     """Compose a configuration and print its plan."""
-    given = arguments.parse(argv, {"--json": bool, "--draw": str}, USAGE)
+    given = arguments.parse(argv, {"--json": bool, "--draw": str, "--times": str}, USAGE)
     from launch.compose import compose
     from trainer.plan import plan
 
     config = compose(given.words).config
-    planned = plan(config)
-    if given.flags["--draw"] is not None:
-        _draw(config, planned, Path(given.flags["--draw"]))
+    times, drawing = given.flags["--times"], given.flags["--draw"]
+    measured = None if times is None else plan_pipe.read_times(times, config.parallel)
+    planned = plan(config, measured)
+    if drawing is not None:
+        _draw(config, planned, measured, Path(drawing))
     print(json.dumps(as_json(planned), indent=2) if given.flags["--json"] else render(planned))
     return 0
 
 
-def _draw(config: "TrainConfig", plan: "Plan", path: Path) -> None:
+def _draw(config: "TrainConfig", plan: "Plan", measured: "Profile | None", path: Path) -> None:
     """The last step of the stage that has the most FLOP; of many rows some, for the middle repeats itself."""
     if plan.layout.pipeline is None:
         raise ValueError(f"--draw = {path}: expected a pipeline, parallel.pipe above 1")
@@ -49,7 +55,9 @@ def _draw(config: "TrainConfig", plan: "Plan", path: Path) -> None:
     step, rows = plan.stages[stage].last, plan.layout.pipeline.played[stage].rows
     drawn = min(rows, draw.ROWS_PER_RANK * config.parallel.pipe)
     of_rows = f"{rows} rows" if drawn == rows else f"{drawn} of {rows} rows"
-    picture = draw.svg(play(config, step, drawn), f"{plan.name}, {config.parallel.schedule}: {of_rows} on each column")
+    picture = draw.svg(
+        play(config, step, drawn, measured), f"{plan.name}, {config.parallel.schedule}: {of_rows} on each column"
+    )
     try:
         path.write_text(picture, encoding="utf-8")
     except OSError as error:
@@ -164,7 +172,7 @@ def _layout(plan: "Plan") -> list[list[str]]:
     if layout.pipeline is not None:
         table = _table(plan_pipe.ranks(layout.pipeline, busiest(plan)))
         table[0] += f"  in stage {busiest(plan) + 1}" if len(plan.stages) > 1 else ""
-        blocks += [[*table, *plan_pipe.NOTES], _table(plan_pipe.bubbles(layout.pipeline))]
+        blocks += [[*table, *plan_pipe.notes(layout.pipeline)], _table(plan_pipe.bubbles(layout.pipeline))]
     traffic = plan_parallel.traffic(layout)
     return [*blocks, [*_table(traffic), *plan_parallel.TRAFFIC_NOTES]] if traffic else blocks
 

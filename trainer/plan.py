@@ -16,6 +16,7 @@ from model.efficiency import Cost, contexts, v4_cost, v32_cost
 from model.inventory import TensorSpec, file_tensors, released_tensors
 from trainer import schedule
 from trainer.config import Precision, TrainConfig
+from trainer.parallel.simulate import Profile
 from trainer.plan_memory import DTYPE_BYTES
 from trainer.plan_parallel import Layout, layout
 from trainer.schedule import StepPlan
@@ -87,8 +88,8 @@ class Plan:
         return sum(stage.flops for stage in self.stages)
 
 
-def plan(config: TrainConfig) -> Plan:
-    """The plan of a run. Raises nothing that TrainConfig does not raise."""
+def plan(config: TrainConfig, measured: Profile | None = None) -> Plan:
+    """The plan of a run. measured: see `layout`. Raises nothing that TrainConfig does not raise."""
     stages = tuple(_stages(config))
     tokens = sum(stage.tokens for stage in stages)
     return Plan(
@@ -96,7 +97,7 @@ def plan(config: TrainConfig) -> Plan:
         counts=parameters(config.model),
         release=_release(config.model),
         stages=stages,
-        layout=layout(config, [stage.last for stage in stages]),
+        layout=layout(config, [stage.last for stage in stages], measured),
         dtype=config.precision.dtype,
         rule_of_thumb_flops=rule_of_thumb(config.model, tokens),
         decoding=tuple(_decoding(config.model, DTYPE_BYTES[config.precision.dtype])),

@@ -16,6 +16,7 @@ from trainer.config import TrainConfig
 from trainer.members import members
 from trainer.parallel import stages
 from trainer.parallel.mesh import Mesh
+from trainer.parallel.simulate import Profile
 from trainer.parallel.stages import Part
 from trainer.plan_memory import Memory, RowMemory, Tensors
 from trainer.plan_pipe import Pipeline
@@ -79,8 +80,8 @@ class Layout:
         return next(role for role in self.roles if rank in role.ranks)
 
 
-def layout(config: TrainConfig, steps: Sequence[StepPlan]) -> Layout:
-    """The layout of a run; steps: the last of each stage."""
+def layout(config: TrainConfig, steps: Sequence[StepPlan], measured: Profile | None = None) -> Layout:
+    """The layout of a run; steps: the last of each stage. measured: times of the passes of a pipeline, if known."""
     mesh, every = config.parallel.mesh, members(logical_tensors(config.model))
     parts = stages.parts(config.parallel, config.model, stages.usual_row(config.schedule))
     pipe = [_shares(config, part, every) for part in parts]
@@ -99,7 +100,7 @@ def layout(config: TrainConfig, steps: Sequence[StepPlan]) -> Layout:
         rows=rows,
         dearest=dearest,
         traffic=tuple(plan_traffic.traffic(config, step, pipe) for step in steps),
-        pipeline=plan_pipe.pipeline(config, steps, parts) if mesh.pipe > 1 else None,
+        pipeline=plan_pipe.pipeline(config, steps, parts, measured) if mesh.pipe > 1 else None,
     )
 
 

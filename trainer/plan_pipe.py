@@ -1,6 +1,7 @@
 """A pipeline as planned: the chunks and their cost, and its schedule played through in each stage of the run.
 
-The time of a pass is its FLOP (`model.count.depth_flops`), transfers take none. Of many rows a part is played, and each
+The time of a pass is its FLOP (`model.count.depth_flops`), transfers take none, unless measured times are given, which
+then are those of every stage. Of many rows a part is played, and each
 of the others is taken to last as long as the last of these: the middle of a schedule repeats itself.
 """
 
@@ -52,10 +53,11 @@ class Played:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Pipeline:
-    """What `keel plan` says of a pipeline. played: by stage of the schedule."""
+    """What `keel plan` says of a pipeline. played: by stage of the schedule; by measured times, if there were any."""
 
     schedule: str
     ranks: int
+    measured: bool
     chunks: tuple[Chunk, ...]
     played: tuple[Played, ...]
 
@@ -64,20 +66,23 @@ class Pipeline:
         return sum(chunk.share for chunk in self.chunks if chunk.rank == rank)
 
 
-def pipeline(config: TrainConfig, steps: Sequence[StepPlan], parts: Sequence[Part]) -> Pipeline:
-    """Of a run on several pipe ranks; steps: the last of each stage; parts: of all ranks."""
+def pipeline(
+    config: TrainConfig, steps: Sequence[StepPlan], parts: Sequence[Part], measured: Profile | None = None
+) -> Pipeline:
+    """Of a run on several pipe ranks; steps: the last of each stage; parts: of all ranks. measured: instead of FLOP."""
     return Pipeline(
         schedule=config.parallel.schedule,
         ranks=config.parallel.pipe,
+        measured=measured is not None,
         chunks=_chunks(config, parts),
-        played=tuple(_play(config, step, parts) for step in steps),
+        played=tuple(_play(config, step, parts, measured or profile(config, step, parts)) for step in steps),
     )
 
 
-def play(config: TrainConfig, step: StepPlan, rows: int) -> Run:
-    """The schedule of a column, with so many rows of this step, by FLOP."""
+def play(config: TrainConfig, step: StepPlan, rows: int, measured: Profile | None = None) -> Run:
+    """The schedule of a column, with so many rows of this step. measured: instead of FLOP."""
     parts = stages.parts(config.parallel, config.model, stages.usual_row(config.schedule))
-    return simulate(orders(config, rows), profile(config, step, parts))
+    return simulate(orders(config, rows), measured or profile(config, step, parts))
 
 
 def orders(config: TrainConfig, rows: int) -> list[Order]:
@@ -130,10 +135,9 @@ def _parameters(config: TrainConfig, chunk: Part, *, tied: bool) -> int:
     )
 
 
-def _play(config: TrainConfig, step: StepPlan, parts: Sequence[Part]) -> Played:
+def _play(config: TrainConfig, step: StepPlan, parts: Sequence[Part], costs: Profile) -> Played:
     rows, most = rows_of_column(config, step), max(MOST_PLAYED, 8 * config.parallel.pipe)
     size, of = stream_bytes(config, step.row_length), orders(config, min(rows, most))
-    costs = profile(config, step, parts)
     run = simulate(of, costs)
     end = run.end + (_last_row(config, run, costs, most) * (rows - most) if rows > most else 0)
     busy = [rows * sum(costs.forward[chunk] + costs.backward[chunk] for chunk in part.chunks) / end for part in parts]

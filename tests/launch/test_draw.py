@@ -1,5 +1,6 @@
 """Proves that the drawing of a schedule has every pass in its time on its rank, and names what it shows."""
 
+import json
 import re
 from pathlib import Path
 from xml.etree import ElementTree
@@ -78,6 +79,46 @@ def test_keel_plan_draws_the_schedule_of_the_configuration(tmp_path: Path, capsy
     assert len(boxes(picture, "F")) == 2 * 8 + 1
 
 
+TIMES = {"forward": [1, 2], "backward": [3, 1], "transfer": 0.5}
+
+
+def test_measured_times_take_the_place_of_flop(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file, picture = tmp_path / "times.json", tmp_path / "a.svg"
+    file.write_text(json.dumps(TIMES), encoding="utf-8")
+    assert main(["plan", "--json", *PIPE, "--times", str(file), "--draw", str(picture)]) == 0
+    pipeline = json.loads(capsys.readouterr().out)["layout"]["pipeline"]
+    assert pipeline["measured"] is True
+    profile = Profile(forward=(1, 2), backward=(3, 1), transfer=0.5)
+    run = simulate([training_order("1f1b", 2, rank, 8) for rank in range(2)], profile)
+    assert [stage["bubble"] for stage in pipeline["stages"]] == pytest.approx([run.bubble] * 3)
+    words = picture.read_text(encoding="utf-8")
+    assert all(f"{share:.1%} idle" in words for share in run.bubbles)
+    assert main(["plan", *PIPE, "--times", str(file)]) == 0
+    assert "as measured" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "times",
+    [
+        {},
+        [1],
+        TIMES | {"forward": [1]},
+        TIMES | {"forward": "12"},
+        TIMES | {"backward": [1, 0]},
+        TIMES | {"backward": [1, float("nan")]},
+        TIMES | {"transfer": -1},
+        TIMES | {"transfer": True},
+        TIMES | {"transfers": 1},
+    ],
+)
+def test_times_that_are_none_are_refused(times: object, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "times.json"
+    file.write_text(json.dumps(times), encoding="utf-8")
+    assert main(["plan", *PIPE, "--times", str(file)]) == 2
+    told = "expected forward and backward, 2 positive numbers each, and transfer, a number from 0 on"
+    assert capsys.readouterr() == ("", f"keel: error: --times = {file}: {told}\n")
+
+
 def test_the_drawings_of_the_documents_are_what_their_commands_draw(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -95,10 +136,12 @@ def test_the_drawings_of_the_documents_are_what_their_commands_draw(
     ("words", "told"),
     [
         (["--draw=a.svg"], "--draw = a.svg: expected a pipeline, parallel.pipe above 1"),
+        (["--times=a.json"], "--times = a.json: expected a pipeline, parallel.pipe above 1"),
+        ([*PIPE, "--times=a.json"], "--times = a.json: expected a file of JSON ([Errno 2]"),
         ([*PIPE, "--draw", "none/a.svg"], "--draw = none/a.svg: expected a file that can be written (No such file"),
     ],
 )
-def test_what_cannot_be_drawn_is_refused(
+def test_what_cannot_be_drawn_or_read_is_refused(
     words: list[str], told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
