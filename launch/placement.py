@@ -1,12 +1,15 @@
 """Where this process stands among those of a run, as whoever started it has put it into the environment."""
 
 from collections.abc import Mapping
+from typing import Any
 
 from trainer.config import ParallelConfig
 from trainer.parallel.placement import Placement
 
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 """What torchrun sets for each process it starts, and what others have to."""
+ATTEMPT, FOLDER = "KEEL_ATTEMPT", "KEEL_RANKS"
+"""What our own supervisor sets beside them."""
 PORTS = 65536
 
 
@@ -26,14 +29,21 @@ def from_environment(environment: Mapping[str, str], parallel: ParallelConfig) -
     rank = _number(environment, "RANK", 0, size)
     if size == 1:
         local_rank = _number(environment, "LOCAL_RANK", 0, None) if environment.get("LOCAL_RANK") else 0
-        return Placement(rank=rank, size=1, local_rank=local_rank, address="")
+        return Placement(rank=rank, size=1, local_rank=local_rank, address="", **_started(environment))
     host, port = _text(environment, "MASTER_ADDR"), _number(environment, "MASTER_PORT", 1, PORTS)
     return Placement(
         rank=rank,
         size=size,
         local_rank=_number(environment, "LOCAL_RANK", 0, size),
         address=f"tcp://[{host}]:{port}" if ":" in host else f"tcp://{host}:{port}",
+        **_started(environment),
     )
+
+
+def _started(environment: Mapping[str, str]) -> dict[str, Any]:
+    """Which attempt this is, by us or by torchrun, and the folder of our own supervisor."""
+    attempt = environment.get(ATTEMPT) or environment.get("TORCHELASTIC_RESTART_COUNT") or "0"
+    return {"attempt": int(attempt) if attempt.isdecimal() else 0, "folder": environment.get(FOLDER, "")}
 
 
 def _text(environment: Mapping[str, str], name: str) -> str:

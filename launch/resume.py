@@ -25,7 +25,12 @@ keel resume RUN --allow-changes [KEY=VALUE ...]
                      or overrides
   KEY=VALUE          overrides of the run's own configuration
 """
-LAYOUT = ("threads", *(f"parallel.{key}" for key in ("pipe", "data", "expert", "context", "owners_limit")))
+LAYOUT = (
+    "threads",
+    "restarts",
+    "patience_s",
+    *(f"parallel.{key}" for key in ("pipe", "data", "expert", "context", "owners_limit")),
+)
 """Keys that decide who computes what, and no bit of it while sums are exact (docs/reproducibility.md)."""
 
 

@@ -195,6 +195,10 @@ class TrainConfig:
     deterministic: bool = True
     recompute: tuple[Recomputed, ...] = ()
     """Parts of each layer whose activations are computed again in the backward pass (trainer/parallel/recompute.py)."""
+    restarts: int = 0
+    """How often processes that failed are started again, from the last checkpoint (docs/failures.md)."""
+    patience_s: float = 0.0
+    """How long all ranks may stay where they are before the run has hung; 0: what the run itself has taken says."""
     kernels: Literal["auto", "off", "triton"] = "auto"
     """Triton kernels in place of plain functions; auto: on a GPU, if triton is installed and precision is not fp64."""
     model: ModelConfig
@@ -215,6 +219,8 @@ class TrainConfig:
     def __post_init__(self) -> None:
         check_name(self.name)
         require(0 <= self.seed < 2**63, "seed", self.seed, "between 0 and 2^63 - 1")
+        require(self.restarts >= 0, "restarts", self.restarts, "at least 0")
+        require(self.patience_s >= 0, "patience_s", self.patience_s, "at least 0 seconds (0: as the run itself takes)")
         require(self.threads > 0, "threads", self.threads, "a positive number of threads")
         self._check_rows()
         self._check_vocabulary()

@@ -1,7 +1,7 @@
 """The folder of a run, and the lock that lets one process at a time train in it.
 
     runs/NAME-7f3a/   config.yaml overrides.txt provenance.json dirty.patch history.jsonl metrics.jsonl lock
-                      checkpoints/ samples/ logs/ wandb/, later also crashes/ profile/ (trainer/debug)
+                      checkpoints/ samples/ logs/ ranks/ wandb/, later also crashes/ profile/ (trainer/debug)
 
 `7f3a` is the beginning of the configuration's identity; a second run of the same configuration gets `-2`. Secrets are
 taken out of all of it (redact.py); the identity is of the configuration as given.
@@ -27,7 +27,7 @@ from trainer.leaves import flatten
 from trainer.provenance import Commit
 
 FINISHED = "finished"
-_FOLDERS = ("checkpoints", "samples", "logs", "wandb")
+_FOLDERS = ("checkpoints", "samples", "logs", "ranks", "wandb")
 _ID_DIGITS = 4
 _ABSENT = "absent"
 
@@ -35,8 +35,10 @@ _ABSENT = "absent"
 def identity(config: Mapping[str, Any]) -> str:
     """SHA-256 over the resolved configuration: equal exactly when every key has the same value, in any order.
 
-    Not the layout, which changes no bit of a run on the exact path: so a run goes on with other ranks and threads.
+    Not how failures are met. Not the layout, which changes no bit of a run on the exact path: so a run goes on with
+    other ranks and threads.
     """
+    config = {key: value for key, value in config.items() if key not in ("restarts", "patience_s")}
     parallel = config.get("parallel", {})
     if parallel.get("reduction") == "exact":
         config = {key: value for key, value in config.items() if key not in ("parallel", "threads")}

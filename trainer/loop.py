@@ -45,6 +45,7 @@ def run_steps(built: Built, outlets: Outlets, observer: Observer, first_step: in
         plan = built.plans[done]
         outlets.profiler.before(done + 1)
         started = time.perf_counter()
+        world.beat.step(done + 1, plan.rows)
         with observer.watching(plan) as passes:
             result = train_step(built.parts, plan, stopped, guard.before_update)
         if result is None:
@@ -62,6 +63,7 @@ def run_steps(built: Built, outlets: Outlets, observer: Observer, first_step: in
         row["time/run_s"] = time.perf_counter() - begun
         if done % built.config.validation.every_steps == 0 or done == len(built.plans):
             built.parts.handout.settle()
+            world.beat.mark("validation", row=None)
             row |= observer.held_out.measure(built.parts.pool, plan.attention, world, built.parts.pipeline)
             row["time/validation_s"] = time.perf_counter() - begun - row["time/run_s"]
         _emit(outlets, row)
@@ -77,6 +79,7 @@ def run_steps(built: Built, outlets: Outlets, observer: Observer, first_step: in
 
 def save(built: Built, outlets: Outlets, guard: Guard, done: int) -> None:
     """Hand the state after `done` steps to the writer; its tensors and a JSON state are all that a resume needs."""
+    built.parts.world.beat.mark("saving", row=None)
     built.parts.handout.settle()
     guard.before_save(done)
     outlets.folder.sync_metrics()

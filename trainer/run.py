@@ -17,13 +17,14 @@ from trainer.debug.profile import Profiler
 from trainer.device import DTYPES, settle
 from trainer.folder import FINISHED, Followed, RunFolder
 from trainer.guard import Corrupted
+from trainer.joined import failed, joined
 from trainer.loop import Outlets, run_steps
 from trainer.machine import product_rate
 from trainer.manifest import CheckpointError
 from trainer.observe import Observer
 from trainer.parallel.apply import choose_kernels, describe_kernels
 from trainer.parallel.placement import SINGLE, Placement
-from trainer.parallel.world import World, start
+from trainer.parallel.world import World
 from trainer.progress import Progress
 from trainer.stop import Stop, on_signals
 from trainer.together import read_together, require_alike
@@ -72,7 +73,7 @@ def train(
     """
     session = Session(stop_at=stop_at, allow_changes=allow_changes, json=json, place=place)
     device = settle(config, place.local_rank)
-    with closing(start(config.parallel.mesh, place, device)) as world:
+    with joined(config, place, device) as world:
         found = None if new else _find_unfinished(config, session, world)
         if found is not None:
             return _resume(config, found, session, world, device)
@@ -83,6 +84,7 @@ def train(
         facts = _facts(config, device, kernels, data.fingerprint)
         require_alike(world, facts)
         made = _make_folder(config, overrides, facts, world)
+        world.beat.follow(made.path)
         session.say(f"run {made.path} on {device}, {config.precision.dtype}, {_layout(config)}")
         session.say(f"kernels: {kernels}")
         try:
@@ -130,7 +132,7 @@ def resume(
     """Go on from the newest checkpoint that verifies, or from the beginning where there is none; see `train`."""
     session = Session(stop_at=stop_at, allow_changes=allow_changes, json=json, place=place)
     device = settle(config, place.local_rank)
-    with closing(start(config.parallel.mesh, place, device)) as world:
+    with joined(config, place, device) as world:
         mine = run_folder if world.is_first else Followed(run_folder.path)
         return _resume(config, mine, session, world, device)
 
@@ -141,6 +143,7 @@ def _resume(config: TrainConfig, run_folder: RunFolder, session: Session, world:
     try:
         if run_folder.is_finished():
             raise ValueError(f"run = {run_folder.path}: expected an unfinished run, this one is finished")
+        world.beat.follow(run_folder.path)
         data = read_together(world, lambda: read_data(config, session.say))
         facts = _facts(config, device, kernels, data.fingerprint)
         if not session.allow_changes:
@@ -192,9 +195,11 @@ def _run(
         with on_signals(stop), closing(outlets.writer), closing(outlets.profiler):
             done = run_steps(built, outlets, observer, first_step, stop, session.stop_at)
     except NonFinite as error:
+        failed(built.parts.world.beat, error)
         ending.keep_fault(built, run_folder, error.fault, facts)
         return 1
     except BaseException as error:
+        failed(built.parts.world.beat, error)
         run_folder.end(f"{type(error).__name__}: {error}", run_folder.done)
         if isinstance(error, TRAINING_FAILURES):
             ending.tell_failure(error, run_folder)

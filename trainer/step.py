@@ -130,6 +130,7 @@ def train_step(parts: Parts, plan: StepPlan, stopped: Callable[[], bool], verify
         results, row_laps = _run_alone(parts, plan, weights, rows_here, stopped)
     else:
         results, row_laps = _run_stage(parts, parts.pipeline, plan, weights, rows_here)
+    parts.world.beat.mark("reduction", row=None)
     verify()  # first: a flipped bit may be why a row is at fault
     _refuse_complaints(parts, plan, weights, [result for result in results if isinstance(result, Complaint)])
     by_turn = [(mine[turn], result) for turn, result in zip(turns, results, strict=True)]
@@ -140,6 +141,7 @@ def train_step(parts: Parts, plan: StepPlan, stopped: Callable[[], bool], verify
     whole_step.mark()
     gradients = parts.sums.finish()
     whole_step.mark()
+    parts.world.beat.mark("update")
     update = parts.optimizer.step(gradients, rate=plan.rate, frozen_groups=frozen)
     whole_step.mark()
     parts.handout.begin(_weights(parts), active)
@@ -161,6 +163,7 @@ def _run_alone(
             return None
         parts.sums.begin_row(last=turn == here.turns[-1])
         laps, index, one = Laps(parts.device), here.mine[turn], here.pick(turn)
+        parts.world.beat.row("passes", index)
         if index is None or one is None:
             _stand_by(model, plan.attention)
             return _collect(parts, model, turn)
@@ -185,6 +188,7 @@ def _run_stage(
     complaints: dict[int, list[Complaint | None]] = {turn: [] for turn in here.turns}
 
     def begin(turn: int) -> None:
+        parts.world.beat.row("backward", here.mine[turn])
         # Of two chunks one is done before the other: then nothing leaves before both are.
         parts.sums.begin_row(last=turn == here.turns[-1] and len(pipeline.chunks) == pipeline.column.size)
 
@@ -197,8 +201,12 @@ def _run_stage(
                 complaints[turn].append(Complaint(index=index, reason=str(error)))
         complaints[turn].append(_collect(parts, parts.model, turn))
 
+    def pick(turn: int) -> Batch | None:
+        parts.world.beat.row("forward", here.mine[turn])
+        return here.pick(turn)
+
     stage = pipeline.stage(plan.row_length)
-    passes = Learning(stage, here.pick, plan.attention, weights, begin=begin, finish=finish)
+    passes = Learning(stage, pick, plan.attention, weights, begin=begin, finish=finish)
     pipeline.learn(passes, here.turns, plan.row_length)
     return [_first(complaints[turn]) or passes.sums(turn) for turn in here.turns], [*passes.laps]
 

@@ -41,11 +41,12 @@ def read_together(world: World, read: Callable[[], T]) -> T:
         return read()
     if not world.is_first:
         while not world.agree(False):
-            pass
+            world.beat.mark("reading")
         return read()
     reading = _in_background(read)
     while not wait([reading], BEAT_S).done:
         world.agree(False)
+        world.beat.mark("reading")
     found = reading.result()  # before the others are told: where it raises they lose this rank, and read nothing
     world.agree(True)
     return found

@@ -41,6 +41,7 @@ class HeldOut:
 
         def pick(turn: int) -> Batch | None:
             index = mine[turn]
+            world.beat.mark("validation")
             return None if index is None else row.pick(self.batch, index, pool.model.device)
 
         def measure(model: Transformer, turn: int) -> RowSums | None:

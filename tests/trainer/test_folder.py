@@ -43,7 +43,7 @@ def test_a_new_folder_has_everything_in_it(tmp_path: Path) -> None:
     run = create(tmp_path, "debug", CONFIG, ["seed=1", "a=b"], facts(device="cpu", dtype="bf16"), CLEAN)
     assert re.fullmatch(r"debug-[0-9a-f]{4}", run.path.name)
     files = {"config.yaml", "overrides.txt", "provenance.json", "dirty.patch", "history.jsonl", "metrics.jsonl", "lock"}
-    folders = {"checkpoints", "samples", "logs", "wandb"}
+    folders = {"checkpoints", "samples", "logs", "ranks", "wandb"}
     assert {path.name for path in run.path.iterdir()} == files | folders
     assert yaml.safe_load((run.path / "config.yaml").read_text()) == {**CONFIG, "ratios": [0, 4]}
     assert (run.path / "overrides.txt").read_text() == "seed=1\na=b\n"

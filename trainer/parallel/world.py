@@ -6,7 +6,7 @@ something go by `gather` or by integers, so that every rank decides alike.
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from typing import Any
 
@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from trainer.heartbeat import Beat
 from trainer.parallel.mesh import Mesh, Place
 from trainer.parallel.placement import Placement
 
@@ -85,6 +86,7 @@ class World:
     same_owners: Group = Group(ranks=(0,), index=0)
     column: Group = Group(ranks=(0,), index=0)
     ends: Group = Group(ranks=(0,), index=0)
+    beat: Beat = field(default_factory=Beat)
 
     @property
     def rank(self) -> int:
@@ -151,14 +153,20 @@ def exact_parts(numbers: Sequence[float]) -> list[float]:
     return parts
 
 
-def start(mesh: Mesh, place: Placement, device: torch.device, patience: timedelta = PATIENCE) -> World:
-    """Join the run's other processes; all of them call this. One process joins nothing."""
+def start(
+    mesh: Mesh, place: Placement, device: torch.device, patience: timedelta = PATIENCE, beat: Beat | None = None
+) -> World:
+    """Join the run's other processes; all of them call this. One process joins nothing.
+
+    The store has a part for each attempt: a process of the one before, late, finds nobody there.
+    """
+    beat = beat or Beat(place)
     if mesh.size == 1:
-        return ALONE
+        return replace(ALONE, beat=beat)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(
-        backend, init_method=place.address, rank=place.rank, world_size=place.size, timeout=patience
-    )
+    store, *_ = next(dist.rendezvous(place.address, place.rank, place.size, timeout=patience))
+    store = dist.PrefixStore(f"attempt-{place.attempt}", store)
+    dist.init_process_group(backend, store=store, rank=place.rank, world_size=place.size, timeout=patience)
     everybody = tuple(range(mesh.size))
     speech = [_group({everybody}, place.rank, "gloo", patience) for _ in range(2)]
 
@@ -177,6 +185,7 @@ def start(mesh: Mesh, place: Placement, device: torch.device, patience: timedelt
         same_owners=groups(mesh.same_owner_group),
         column=groups(mesh.column_group),
         ends=groups(mesh.end_group),
+        beat=beat,
     )
 
 
