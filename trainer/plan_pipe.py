@@ -5,8 +5,9 @@ then are those of every stage. Of many rows a part is played, and each
 of the others is taken to last as long as the last of these: the middle of a schedule repeats itself.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cache, partial
 
 from model.config import AttentionMode
 from model.count import Passes, depth_flops
@@ -19,8 +20,8 @@ from trainer.parallel.stages import Part
 from trainer.plan_rows import rows_of_column, stream_bytes
 from trainer.schedule import StepPlan
 
-MOST_PLAYED = 256
-"""Rows that are played one by one, at least; and eight for each rank."""
+MOST_PLAYED, MOST_PER_RANK = 64, 6
+"""Rows that are played one by one, in all or for each rank, whatever is more."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -70,12 +71,13 @@ def pipeline(
     config: TrainConfig, steps: Sequence[StepPlan], parts: Sequence[Part], measured: Profile | None = None
 ) -> Pipeline:
     """Of a run on several pipe ranks; steps: the last of each stage; parts: of all ranks. measured: instead of FLOP."""
+    made = cache(partial(orders, config))
     return Pipeline(
         schedule=config.parallel.schedule,
         ranks=config.parallel.pipe,
         measured=measured is not None,
         chunks=_chunks(config, parts),
-        played=tuple(_play(config, step, parts, measured or profile(config, step, parts)) for step in steps),
+        played=tuple(_play(config, step, parts, measured or profile(config, step, parts), made) for step in steps),
     )
 
 
@@ -135,11 +137,15 @@ def _parameters(config: TrainConfig, chunk: Part, *, tied: bool) -> int:
     )
 
 
-def _play(config: TrainConfig, step: StepPlan, parts: Sequence[Part], costs: Profile) -> Played:
-    rows, most = rows_of_column(config, step), max(MOST_PLAYED, 8 * config.parallel.pipe)
-    size, of = stream_bytes(config, step.row_length), orders(config, min(rows, most))
-    run = simulate(of, costs)
-    end = run.end + (_last_row(config, run, costs, most) * (rows - most) if rows > most else 0)
+def _play(
+    config: TrainConfig, step: StepPlan, parts: Sequence[Part], costs: Profile, made: Callable[[int], list[Order]]
+) -> Played:
+    """made: the orders for so many rows."""
+    rows, most = rows_of_column(config, step), max(MOST_PLAYED, MOST_PER_RANK * config.parallel.pipe)
+    size, of = stream_bytes(config, step.row_length), made(min(rows, most))
+    end = simulate(of, costs).end
+    if rows > most:
+        end += (rows - most) * (end - simulate(made(most - 1), costs).end)
     busy = [rows * sum(costs.forward[chunk] + costs.backward[chunk] for chunk in part.chunks) / end for part in parts]
     return Played(
         rows=rows,
@@ -148,8 +154,3 @@ def _play(config: TrainConfig, step: StepPlan, parts: Sequence[Part], costs: Pro
         in_flight=tuple(map(in_flight, of)),
         sent_bytes=tuple(sends(order).total() * rows // min(rows, most) * size for order in of),
     )
-
-
-def _last_row(config: TrainConfig, run: Run, costs: Profile, rows: int) -> float:
-    """What the last row adds to the time of the step."""
-    return run.end - simulate(orders(config, rows - 1), costs).end

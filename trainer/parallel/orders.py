@@ -15,7 +15,7 @@ Both are what DeepSpeed issues, action by action (tests/trainer/test_orders.py).
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 from model.config import require
@@ -117,7 +117,11 @@ def _forward_ticks(ranks: int, rank: int, rows: int) -> Iterator[Group]:
 
 def _moved(act: Act, passed: Group, ranks: int, rank: int) -> Group:
     """What 1F1B sends or receives for a pass: nothing at the ends."""
-    return tuple(replace(one, act=act) for one in passed if 0 <= rank + _step(act, one.way) < ranks)
+    return tuple(
+        Action(act=act, way=one.way, row=one.row, chunk=rank)
+        for one in passed
+        if 0 <= rank + _step(act, one.way) < ranks
+    )
 
 
 def _step(act: Act, way: Way) -> int:
