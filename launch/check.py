@@ -3,7 +3,7 @@
 import json
 import os
 
-from launch import arguments, device, local
+from launch import arguments, attempts, device
 
 HELP = "check that a layout computes what one process computes"
 USAGE = f"""
@@ -41,7 +41,7 @@ def main(argv: list[str]) -> int:
         sizes = {"data": layout.data, "expert": layout.expert, "owners_limit": layout.owners_limit}
         words = [*overrides, *(f"parallel.{key}={size}" for key, size in sizes.items())]
         flags = ["--json"] if given.flags["--json"] else []
-        return local.start(["check", what, *flags, *words], layout.mesh.size)
+        return attempts.start(["check", what, *flags, *words], layout.mesh.size, restarts=0)
     device.prepare(config.device)
     from trainer.parity import check, scale
 

@@ -1,8 +1,8 @@
 """A run's processes on this machine: started, signals passed on to them, all ended when one fails, the cause on top.
 
 The process that does this needs no torch. Rank 0 has its stdout and stderr; what the others write goes to files in a
-temporary folder, which is kept where one of the ranks has failed. On Linux the ranks die with it, whatever ends it;
-elsewhere they stay if it is killed (SIGKILL), and must be ended by hand.
+temporary folder, and on to the run's `logs/` where one of the ranks has failed (docs/failures.md). On Linux the ranks
+die with it, whatever ends it; elsewhere they stay if it is killed (SIGKILL), and must be ended by hand.
 """
 
 import contextlib
@@ -11,29 +11,33 @@ import os
 import queue
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from signal import Signals
 
 from launch.main import checkout
+from launch.meeting import environment, reserved_port
+from launch.placement import ATTEMPT, FOLDER
+from launch.watch import Cause, Watch, first_failure, keep, together
+from trainer.ranks import Rank
 
 SETTLE_S = 2.0
 """After one has failed the others have so long to end by themselves: they may be about to say why (ours)."""
 GRACE_S = 5.0
 """And then so long between SIGTERM and SIGKILL (ours)."""
+LOOK_S = 0.5
+"""How often the ranks' beats are looked at (ours)."""
 TAIL_LINES = 20
 TAIL_BYTES = 1 << 16
 STOPPED = (128 + signal.SIGINT, 128 + signal.SIGTERM)
 """Exit codes of a rank that was asked to stop and has saved."""
 USER_ERROR = 2
-HOST = "127.0.0.1"
-LOOPBACK = {"linux": "lo", "darwin": "lo0"}
 PR_SET_PDEATHSIG = 1
 """prctl(2)."""
 START = (
@@ -47,39 +51,52 @@ The path as `./keel` has it: the working folder, which `python -m` would put fir
 """
 
 
-def start(words: Sequence[str], size: int) -> int:
-    """Run `keel WORDS` as `size` ranks until all have ended; returns the exit code of all together."""
-    return run([sys.executable, "-c", START, str(checkout()), *words], size)
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Ended:
+    """How an attempt ended. cause: None where nothing has failed, or a user's mistake; run: its folder, if known."""
+
+    code: int
+    cause: Cause | None
+    run: Path | None
+    logs: Path
+
+
+def command_of(words: Sequence[str]) -> list[str]:
+    """What starts a rank of `keel WORDS`."""
+    return [sys.executable, "-c", START, str(checkout()), *words]
 
 
 def run(command: Sequence[str], size: int) -> int:
-    """As `start`, for any command that finds its place in the environment (launch/placement.py)."""
+    """Run a command that finds its place in the environment (launch/placement.py) as ranks, once; say what failed."""
+    return attempt(command, size).code
+
+
+def attempt(command: Sequence[str], size: int, number: int = 0, *, is_last: bool = True) -> Ended:
+    """Run all ranks until they have ended. is_last: none will follow, so a rank's last lines are shown, too."""
     ranks = Ranks(Path(tempfile.mkdtemp(prefix="keel-ranks-")))
-    with _signals_to(ranks.events.put), _reserved_port() as port:
+    with _signals_to(ranks.events.put), reserved_port() as port:
         try:
             for rank in range(size):
-                ranks.add(command, environment(os.environ, rank, size, port))
+                own = {ATTEMPT: str(number), FOLDER: str(ranks.folder)}
+                ranks.add(command, environment(os.environ, rank, size, port) | own)
             ranks.wait()
         finally:
             ranks.send(Signals.SIGKILL)
-    code, named = ranks.outcome()
-    if named is not None:
-        ranks.tell(named)
-        return code
-    shutil.rmtree(ranks.folder, ignore_errors=True)
+    code, cause = ranks.outcome()
+    known, logs = ranks.watch.run(), ranks.folder
+    if cause is not None:
+        lines = ranks.words(cause) if is_last else []
+        logs = keep(ranks.folder, known)
+        clear = "\r\033[K" if sys.stderr.isatty() else ""
+        print(
+            f"{clear}keel: {cause.line}", *lines, f"keel: what the ranks wrote is in {logs}", sep="\n", file=sys.stderr
+        )
+        sys.stderr.flush()
+    else:
+        shutil.rmtree(ranks.folder, ignore_errors=True)
     if ranks.is_interrupted:
         raise KeyboardInterrupt
-    return code
-
-
-def environment(given: Mapping[str, str], rank: int, size: int, port: int) -> dict[str, str]:
-    """What a rank finds in its environment: ours, its place, one thread for each operation, no network but our own."""
-    place = {"RANK": rank, "WORLD_SIZE": size, "LOCAL_RANK": rank, "MASTER_ADDR": HOST, "MASTER_PORT": port}
-    defaults = {"OMP_NUM_THREADS": "1"}
-    if sys.platform in LOOPBACK:
-        # Else gloo takes the address that the machine's name has, where it has one.
-        defaults["GLOO_SOCKET_IFNAME"] = LOOPBACK[sys.platform]
-    return defaults | dict(given) | {name: str(value) for name, value in place.items()}
+    return Ended(code=code, cause=cause, run=known, logs=logs)
 
 
 class Ranks:
@@ -92,8 +109,10 @@ class Ranks:
         self._children: list[subprocess.Popen[bytes]] = []
         self._ended: dict[int, int] = {}
         """Codes as subprocess gives them, -n for signal n, in the order in which the ranks ended."""
-        self._failed: list[int] = []
-        """Ranks that failed before we ended any."""
+        self._failed: list[tuple[int, int, float]] = []
+        """Ranks that failed before we ended any, their codes, and when, on the wall clock."""
+        self.watch = Watch(folder)
+        self._hung: list[str] = []
         self._asked: Signals | None = None
         self._due: list[tuple[float, Signals]] = []
         self._ending = False
@@ -123,10 +142,9 @@ class Ranks:
             threading.Thread(target=self._watch, args=(rank, child), daemon=True).start()
         while len(self._ended) < len(self._children):
             try:
-                event = self.events.get(timeout=max(0.0, self._due[0][0] - time.monotonic()) if self._due else None)
+                event = self.events.get(timeout=max(0.0, self._due[0][0] - time.monotonic()) if self._due else LOOK_S)
             except queue.Empty:
-                self._ending = True
-                self.send(self._due.pop(0)[1])
+                self._look()
                 continue
             if isinstance(event, tuple):
                 self._note_end(*event)
@@ -154,22 +172,52 @@ class Ranks:
         if self._asked is not None and self._ended[first] in (*STOPPED, -self._asked):
             # That was asked for, in a rank that does not train yet by the signal itself; others may have lost it then.
             return 128 + self._asked, None
-        failed = self._failed
+        beats = self.watch.beats()
+        if self._hung:
+            step = min((one.step for one in beats.values() if one.step), default=None)
+            return 1, Cause(rank=None, line="the run hangs: " + "\n    ".join(self._hung), step=step, code=1)
+        # Some may have failed and not found their end before we ended them.
+        noted = [(rank, 1, one.time) for rank, one in beats.items() if one.failed]
+        failed = self._failed or noted
         if not failed:
             return 128 + self._asked if self._asked else self._code(first), None
-        if self._ended[0] == USER_ERROR and 0 in failed:
+        if self._ended[0] == USER_ERROR and 0 in [rank for rank, *_ in failed]:
             return USER_ERROR, None
+        agreed = together([rank for rank, *_ in failed], len(self._children), beats)
+        if agreed:
+            return 1, Cause(rank=None, line=f"all ranks ended together: {agreed}", step=beats[0].step, code=1)
         # A rank may end without a word because all of them have agreed to, and leave the words to another.
-        named = next((rank for rank in failed if rank == 0 or self._ended[rank] < 0 or self._tail(rank)), failed[0])
-        return self._code(named), named
+        spoken = [one for one in failed if one[0] == 0 or one[1] < 0 or one[0] in beats or self._tail(one[0])]
+        rank = first_failure(spoken or failed, beats)
+        return self._cause_of(rank, beats.get(rank))
 
-    def tell(self, rank: int) -> None:
-        """Say that a rank is the cause, and what it wrote last; rank 0 has said that itself."""
-        code = self._ended[rank]
-        name = f" ({Signals(-code).name})" if code < 0 else ""
-        clear = "\r\033[K" if sys.stderr.isatty() else ""
-        lines = [f"{clear}keel: rank {rank} ended with {self._code(rank)}{name}", *self._tail(rank)]
-        print(*lines, f"keel: what ranks other than 0 wrote is in {self.folder}", sep="\n", file=sys.stderr, flush=True)
+    def _cause_of(self, rank: int, beat: Rank | None) -> tuple[int, Cause]:
+        ended = self._ended[rank] if rank in [one for one, *_ in self._failed] else 1
+        code, name = (ended, "") if ended >= 0 else (128 - ended, f" ({Signals(-ended).name})")
+        line = f"{beat.name if beat else f'rank {rank}'} ended with {code}{name}"
+        if beat is not None:
+            line += f" in {beat.where}" + (f": {beat.failed['error']}" if beat.failed and ended >= 0 else "")
+        return code, Cause(rank=rank, line=" ".join(line.split()), step=beat.step if beat else None, code=code)
+
+    def words(self, cause: Cause) -> list[str]:
+        """What a rank that is the cause wrote last; rank 0 has said that itself."""
+        return self._tail(cause.rank) if cause.rank is not None else []
+
+    def _look(self) -> None:
+        """Nothing has happened for a while: the next signal that is due; else whether the ranks still come on."""
+        if self._due:
+            if time.monotonic() >= self._due[0][0]:
+                self._ending = True
+                self.send(self._due.pop(0)[1])
+            return
+        alive = {rank: child.pid for rank, child in enumerate(self._children) if rank not in self._ended}
+        if any(one.failed for one in self.watch.beats().values()):
+            self._end_in(SETTLE_S)
+        elif not self._asked:
+            self._hung = self.watch.hung(alive)
+            if self._hung:
+                self._ending = True
+                self.send(Signals.SIGKILL)
 
     def _watch(self, rank: int, child: "subprocess.Popen[bytes]") -> None:
         self.events.put((rank, child.wait()))
@@ -178,11 +226,14 @@ class Ranks:
         self._ended[rank] = code
         if code in (0, *STOPPED) or self._ending:
             return
-        self._failed.append(rank)
+        self._failed.append((rank, code, time.time()))
         if not self._due:
             # A user's mistake is the same on all ranks, and said.
-            end = time.monotonic() + (0.0 if (rank, code) == (0, USER_ERROR) else SETTLE_S)
-            self._due = [(end, Signals.SIGTERM), (end + GRACE_S, Signals.SIGKILL)]
+            self._end_in(0.0 if (rank, code) == (0, USER_ERROR) else SETTLE_S)
+
+    def _end_in(self, seconds: float) -> None:
+        end = time.monotonic() + seconds
+        self._due = [(end, Signals.SIGTERM), (end + GRACE_S, Signals.SIGKILL)]
 
     def _pass_on(self, number: Signals) -> None:
         """Ctrl-C and SIGTERM once; a second Ctrl-C kills. Ctrl-Z stops the ranks with us, until we go on."""
@@ -202,10 +253,11 @@ class Ranks:
         return code if code >= 0 else 128 - code
 
     def _tail(self, rank: int) -> list[str]:
-        """The last lines of a rank's stderr, where that is ours to show."""
-        if rank == 0:
+        """The last lines of a rank's stderr, where that is in a file."""
+        path = self.folder / f"rank-{rank}.stderr"
+        if not path.exists():
             return []
-        with (self.folder / f"rank-{rank}.stderr").open("rb") as file:
+        with path.open("rb") as file:
             file.seek(max(0, os.fstat(file.fileno()).st_size - TAIL_BYTES))
             lines = file.read().decode(errors="replace").splitlines()
         return [f"    {line}" for line in lines[-TAIL_LINES:]]
@@ -223,22 +275,6 @@ def _signals_to(put: Callable[[Signals], None]) -> Iterator[None]:
     finally:
         for number, handler in old.items():
             signal.signal(number, handler)
-
-
-@contextlib.contextmanager
-def _reserved_port() -> Iterator[int]:
-    """A port that rank 0 can listen on and nobody else is given.
-
-    Bound here and not listened on: so the system hands it to no other process, while on Linux rank 0 may bind it, too,
-    for both allow it (SO_REUSEADDR). Elsewhere it must be free for that, and only was so a moment ago.
-    """
-    with socket.socket() as holder:
-        holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        holder.bind((HOST, 0))
-        port = holder.getsockname()[1]
-        if sys.platform != "linux":
-            holder.close()
-        yield port
 
 
 def _dying_with_us() -> Callable[[], None] | None:

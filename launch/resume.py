@@ -4,7 +4,7 @@ import os
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
-from launch import arguments, device, local
+from launch import arguments, attempts, device
 from launch.runs import CONFIG_FILE, find_run
 from trainer.parallel.placement import SINGLE
 
@@ -49,8 +49,8 @@ def main(argv: list[str]) -> int:
             "began; or --allow-changes, which gives up bit-equality"
         )
     place = from_environment(os.environ, config.parallel)
-    if place is None and config.parallel.mesh.size > 1:
-        return local.start(["resume", *argv], config.parallel.mesh.size)
+    if place is None and (config.parallel.mesh.size > 1 or config.restarts):
+        return attempts.start(["resume", *argv], config.parallel.mesh.size, config.restarts)
     device.prepare(config.device)
     from trainer.folder import RunFolder
     from trainer.run import resume

@@ -2,7 +2,7 @@
 
 import os
 
-from launch import arguments, device, local
+from launch import arguments, attempts, device
 from launch.arguments import Arguments
 from launch.runs import CONFIG_FILE, find_crash
 from trainer.parallel.placement import SINGLE
@@ -36,8 +36,8 @@ def main(argv: list[str]) -> int:
 
     config = compose(words.words).config
     place = from_environment(os.environ, config.parallel)
-    if place is None and config.parallel.mesh.size > 1:
-        return local.start(["train", *argv], config.parallel.mesh.size)
+    if place is None and (config.parallel.mesh.size > 1 or config.restarts):
+        return attempts.start(["train", *argv], config.parallel.mesh.size, config.restarts)
     device.prepare(config.device)
     from trainer.run import train
 

@@ -103,7 +103,7 @@ def stubbed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(train, "find_crash", lambda word: run)
     monkeypatch.setattr("trainer.report.read.newest", lambda runs_dir: run)
     monkeypatch.setattr("trainer.debug.replay.replay", lambda *args, **kwargs: 0)
-    monkeypatch.setattr("launch.local.start", lambda words, size: 0)
+    monkeypatch.setattr("launch.attempts.start", lambda words, size, restarts: 0)
     monkeypatch.setattr("trainer.run.train", lambda *args, **kwargs: 0)
     monkeypatch.setattr("trainer.run.resume", lambda *args, **kwargs: 0)
     monkeypatch.setattr("trainer.sample.sample_run", lambda *args, **kwargs: (1, iter([])))

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from launch import local
+from launch import local, meeting
 from tests.launch.supervised import PATIENCE_S, ROOT, Case, state, wait_until
 
 
@@ -66,7 +66,7 @@ def test_one_that_fails_ends_all_and_is_named(case: Case, acts: str, code: int, 
     said = err.splitlines()
     assert said[0] == f"keel: rank 1 ended with {code}{name}"
     assert said[1:-1] == [f"    line {number}" for number in range(30 - local.TAIL_LINES, 30)]
-    kept = re.fullmatch(r"keel: what ranks other than 0 wrote is in (\S+)", said[-1])
+    kept = re.fullmatch(r"keel: what the ranks wrote is in (\S+)", said[-1])
     assert kept is not None
     assert (Path(kept[1]) / "rank-2.stdout").read_text() == "hello\n"
     assert case.processes() == []
@@ -75,7 +75,7 @@ def test_one_that_fails_ends_all_and_is_named(case: Case, acts: str, code: int, 
 def test_the_first_rank_is_named_too(case: Case) -> None:
     code, _, err = case.run(2, "sleep:600", "0=err:words,kill:SIGSEGV")
     assert code == 139
-    assert err.startswith("words\nkeel: rank 0 ended with 139 (SIGSEGV)\nkeel: what ranks other than 0 wrote")
+    assert err.startswith("words\nkeel: rank 0 ended with 139 (SIGSEGV)\nkeel: what the ranks wrote")
     assert case.processes() == []
 
 
@@ -229,7 +229,7 @@ def test_ctrl_z_stops_all_and_fg_goes_on(case: Case) -> None:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the port is only free")
 def test_nobody_is_given_the_port_before_rank_0_listens() -> None:
-    with local._reserved_port() as port, socket.socket() as thief, socket.socket() as store:
+    with meeting.reserved_port() as port, socket.socket() as thief, socket.socket() as store:
         with pytest.raises(OSError, match="in use"):
             thief.bind(("127.0.0.1", port))
         store.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -250,7 +250,9 @@ def test_keel_s_own_ranks_are_found_from_any_folder(tmp_path: Path) -> None:
     """Also from one that holds a package of our name; help is the cheapest verb."""
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "__init__.py").write_text("raise AssertionError")
-    code = f"import sys; sys.path[0] = {str(ROOT)!r}; from launch.local import start; sys.exit(start(['help'], 2))"
+    code = (
+        f"import sys; sys.path[0] = {str(ROOT)!r}; from launch.attempts import start; sys.exit(start(['help'], 2, 0))"
+    )
     ended = subprocess.run(
         [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False, timeout=PATIENCE_S
     )
