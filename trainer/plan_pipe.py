@@ -9,8 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
 
-from model.config import AttentionMode
-from model.count import Passes, depth_flops
+from model.count import DepthFlops, Passes, depth_flops
 from model.inventory import released_tensors
 from trainer.config import TrainConfig
 from trainer.parallel import stages
@@ -94,14 +93,21 @@ def orders(config: TrainConfig, rows: int) -> list[Order]:
 
 
 def profile(config: TrainConfig, step: StepPlan, parts: Sequence[Part]) -> Profile:
-    """FLOP of a row of this step through each chunk."""
-    passes = _passes(config, step.row_length, step.attention, parts)
+    """FLOP of a row of this step through each chunk, with those of layers that are computed again (recompute=[block]).
+
+    Of layers of which only parts are computed again, this is not counted.
+    """
+    flops = depth_flops(config.model, step.row_length, step.attention)
+    if "block" in config.recompute:
+        # The MTP branch is not: it is in the end.
+        layers = tuple(replace(one, backward=one.backward + one.forward * bool(one.backward)) for one in flops.layers)
+        flops = replace(flops, layers=layers)
+    passes = _passes(flops, parts)
     return Profile(forward=tuple(one.forward for one in passes), backward=tuple(one.backward for one in passes))
 
 
-def _passes(config: TrainConfig, row_length: int, mode: AttentionMode, parts: Sequence[Part]) -> list[Passes]:
+def _passes(flops: DepthFlops, parts: Sequence[Part]) -> list[Passes]:
     """By chunk."""
-    flops = depth_flops(config.model, row_length, mode)
     nothing = Passes(forward=0, backward=0)
     layers = dict(chunk for part in parts for chunk in zip(part.chunks, part.layers, strict=True))
     found = [sum((flops.layers[layer] for layer in layers[number]), nothing) for number in sorted(layers)]
@@ -109,7 +115,7 @@ def _passes(config: TrainConfig, row_length: int, mode: AttentionMode, parts: Se
 
 
 def _chunks(config: TrainConfig, parts: Sequence[Part]) -> tuple[Chunk, ...]:
-    passes = _passes(config, stages.usual_row(config.schedule), "sparse", parts)
+    passes = _passes(depth_flops(config.model, stages.usual_row(config.schedule), "sparse"), parts)
     whole = sum(one.total for one in passes)
     alone = [
         (number, replace(part, chunks=(number,), layers=(layers,)))

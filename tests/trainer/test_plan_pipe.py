@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 
 from launch.compose import compose
-from model.count import parameters, training_flops
+from model.count import depth_flops, parameters, training_flops
 from trainer import plan_pipe
 from trainer.config import TrainConfig
 from trainer.parallel.orders import forward_order
@@ -90,6 +90,18 @@ def test_a_bubble_is_that_of_the_passes_and_the_wait() -> None:
     )
     assert costs.forward == tuple(chunk.passes.forward for chunk in layout.pipeline.chunks)
     assert costs.backward == tuple(chunk.passes.backward for chunk in layout.pipeline.chunks)
+
+
+def test_layers_that_are_computed_again_take_a_third_pass() -> None:
+    config, again = (configured([*LAYOUTS["1f1b"], *words]) for words in ([], ["recompute=[block]"]))
+    step, parts_of = plan(config).stages[-1].last, parts(config.parallel, config.model, usual_row(config.schedule))
+    once, twice = (plan_pipe.profile(one, step, parts_of) for one in (config, again))
+    end = depth_flops(config.model, step.row_length, "sparse").end.forward
+    assert twice.forward == once.forward
+    assert twice.backward == (once.backward[0] + once.forward[0], once.backward[1] + once.forward[1] - end)
+    warm_up = replace(step, attention="indexer_warmup")
+    longer, usual = (plan_pipe.profile(one, warm_up, parts_of).backward for one in (again, config))
+    assert all(0 < one < other for one, other in zip(usual, longer, strict=True))
 
 
 @pytest.mark.parametrize("name", ["1f1b", "dualpipev", "owners"])

@@ -99,6 +99,7 @@ def test_the_plan_is_the_naive_loop(total, start, grow, ramp, borders, lengths, 
     for _, rows, _, segment, _ in expected:
         rows_by_segment[segment] = rows_by_segment.get(segment, 0) + rows
     assert [rows for _, rows in schedule.segments(config)] == list(rows_by_segment.values())
+    assert plans.fewest_rows() == min(plans, key=lambda one: one.rows)
 
 
 def test_the_rate_has_its_shape() -> None:
