@@ -25,7 +25,7 @@ from launch.main import checkout
 from launch.meeting import environment, reserved_port
 from launch.placement import ATTEMPT, FOLDER
 from launch.watch import Cause, Watch, first_failure, keep, together
-from trainer.ranks import Rank
+from trainer.ranks import Rank, of_row
 
 SETTLE_S = 2.0
 """After one has failed the others have so long to end by themselves: they may be about to say why (ours)."""
@@ -175,7 +175,7 @@ class Ranks:
         beats = self.watch.beats()
         if self._hung:
             step = min((one.step for one in beats.values() if one.step), default=None)
-            return 1, Cause(rank=None, line="the run hangs: " + "\n    ".join(self._hung), step=step, code=1)
+            return 1, Cause(rank=None, line="the run hangs: " + "\n      ".join(self._hung), step=step, code=1)
         # Some may have failed and not found their end before we ended them.
         noted = [(rank, 1, one.time) for rank, one in beats.items() if one.failed]
         failed = self._failed or noted
@@ -185,7 +185,10 @@ class Ranks:
             return USER_ERROR, None
         agreed = together([rank for rank, *_ in failed], len(self._children), beats)
         if agreed:
-            return 1, Cause(rank=None, line=f"all ranks ended together: {agreed}", step=beats[0].step, code=1)
+            whose = of_row(list(beats.values()), beats[0].row) if beats[0].row else []
+            of = f"; that row is of {', '.join(one.name for one in whose)}" if whose else ""
+            line = f"all ranks ended together: {agreed}{of}"
+            return 1, Cause(rank=None, line=line, step=beats[0].step, code=1)
         # A rank may end without a word because all of them have agreed to, and leave the words to another.
         spoken = [one for one in failed if one[0] == 0 or one[1] < 0 or one[0] in beats or self._tail(one[0])]
         rank = first_failure(spoken or failed, beats)

@@ -111,8 +111,8 @@ def first_failure(failed: Sequence[tuple[int, int, float]], beats: Mapping[int, 
 def together(failed: Sequence[int], size: int, beats: Mapping[int, Rank]) -> str:
     """The error that all ranks have raised alike, "" where there is none: they have agreed on it."""
     notes = [beats[rank].failed if rank in beats else None for rank in failed]
-    errors = {note["error"] for note in notes if note is not None and not note["follows"]}
-    return errors.pop() if len(failed) == size > 1 and None not in notes and len(errors) == 1 else ""
+    errors = {"" if note is None or note["follows"] else note["error"] for note in notes}
+    return errors.pop() if len(failed) == size > 1 and len(errors) == 1 else ""
 
 
 def keep(folder: Path, known: Path | None) -> Path:

@@ -179,7 +179,8 @@ def look(frame: FrameType | None, size: int) -> tuple[dict[str, Any] | None, str
     found, at = None, ""
     while frame is not None:
         name = frame.f_code.co_filename
-        if is_exchange(name, frame.f_lineno) and (found is None or "torch/distributed" in name):
+        # The outermost function of torch's that is no decorator is the call that we made.
+        if is_exchange(name, frame.f_lineno) and (found is None or name.endswith("distributed_c10d.py")):
             found = frame
         if not at and any(floor in name for floor in OWN) and "site-packages" not in name:
             at = f"{'/'.join(Path(name).parts[-2:])}:{frame.f_lineno} {frame.f_code.co_name}"

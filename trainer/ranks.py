@@ -115,13 +115,21 @@ def suspects(ranks: Sequence[Rank], silent: Mapping[int, float], limit_s: float 
             what = f"waits in {one.waits}"
         else:
             what = f"has been there for {one.age_s + silent.get(one.rank, 0.0):.0f} s"
-        at = f" ({one.at})" if one.at else ""
+        # Where a mute rank was last seen is not where it is.
+        at = f" ({one.at})" if one.at and one not in mute else ""
         lines.append(f"{one.name} in {one.where}{at}: {what}")
     others = [one for one in ranks if one not in chosen]
     for call in sorted({one.exchange["call"] for one in others if one.exchange}):
         waiting = [one.rank for one in others if one.exchange and one.exchange["call"] == call]
         lines.append(f"{listed(waiting)} {'waits' if len(waiting) == 1 else 'wait'} in {call}")
     return lines
+
+
+def of_row(beats: Sequence[Rank], row: int) -> list[Rank]:
+    """The ranks that compute a row of a step, counted from 1: row i is of data rank i mod data."""
+    at = [next((int(part[5:]) for part in one.place.split(", ") if part.startswith("data ")), 0) for one in beats]
+    data = max(at, default=0) + 1
+    return [one for one, place in zip(beats, at, strict=True) if place == (row - 1) % data]
 
 
 def stragglers(ranks: Sequence[Rank]) -> list[tuple[Rank, float]]:

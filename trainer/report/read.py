@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import yaml
 
-from trainer import journal
+from trainer import journal, ranks
 from trainer.schedule import plan
 from trainer.schedule_config import (
     AttentionStage,
@@ -44,7 +44,7 @@ class Saved:
 class Run:
     """Everything the page and the terminal show. rows: metrics.jsonl; history: history.jsonl; now: when it was read.
 
-    total_tokens: what the `tokens` of the last row will be.
+    total_tokens: what the `tokens` of the last row will be. beats: the last of each rank.
     """
 
     path: Path
@@ -59,6 +59,7 @@ class Run:
     overrides: Sequence[str] = ()
     provenance: Mapping[str, Any] = field(default_factory=dict)
     samples: Mapping[str, str] = field(default_factory=dict)
+    beats: Sequence[ranks.Rank] = ()
 
     @property
     def name(self) -> str:
@@ -79,6 +80,11 @@ class Run:
     def ended(self) -> Mapping[str, Any]:
         """The last history row if it tells of an end, else nothing."""
         return self.history[-1] if self.history and self.history[-1].get("event") == "end" else {}
+
+    @property
+    def restarts(self) -> Sequence[Mapping[str, Any]]:
+        """The history's rows about processes that failed and were started again, without being asked."""
+        return [row for row in self.history if row.get("event") == "restart"]
 
     def series(self, name: str) -> list[tuple[int, float]]:
         """(tokens, value) of every row that has the metric; "NaN" and "Infinity" become floats."""
@@ -134,6 +140,7 @@ class Folder:
             checkpoints=_checkpoints(self._path / "checkpoints"),
             overrides=_text(self._path / "overrides.txt").splitlines(),
             provenance=self._provenance,
+            beats=ranks.read(self._path / "ranks"),
             samples={path.name: _text(path) for path in sorted((self._path / "samples").glob("*.txt"))},
         )
 
