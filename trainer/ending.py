@@ -70,9 +70,9 @@ def finish(built: Built, run_folder: RunFolder, held_out: HeldOut, say: Callable
 
 
 def _sample(built: Built, mode: AttentionMode) -> str:
-    """A text from the model. Ranks that share out experts all write it, token by token, for each needs the others."""
+    """A text from the model. Ranks that share out its layers or experts all write it: each token needs all of them."""
     parts, config = built.parts, built.config
-    if not parts.world.is_first and parts.world.expert.size == 1:
+    if parts.world.place.data > 0 and parts.world.expert.size == 1:
         return ""
     prompts = [config.sample.prompt]
     pieces = generate(parts.model, built.data.tokenizer, prompts, config.sample, mode, config.seed)
