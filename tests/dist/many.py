@@ -45,10 +45,11 @@ def world_of(mesh: Mesh, rank: int) -> Iterator[World]:
     """The rank's world."""
     begin, group = dist.init_process_group, dist.new_group
 
-    def fake(backend: str, *, init_method: str, timeout: Any, **place: int) -> None:
-        begin("fake", store=FakeStore(), **place)
+    def fake(backend: str, *, store: Any, timeout: Any, **place: int) -> None:
+        begin("fake", store=store, **place)
 
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dist, "rendezvous", lambda *place, timeout: iter([(FakeStore(), *place[1:])]))
         patch.setattr(dist, "init_process_group", fake)
         patch.setattr(dist, "new_group", lambda ranks, **given: group(ranks, backend="fake"))
         world = start(mesh, Placement(rank=rank, size=mesh.size, local_rank=0, address=""), torch.device("cpu"))
