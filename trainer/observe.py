@@ -58,7 +58,8 @@ class Observer:
         row |= biases(parts.model, parts.world)
         row["speed/rank_load_max_ratio"] = metrics.rank_load(result.load_LE, parts.world.expert.size)
         if self._is_watched(plan):
-            row |= {"router/load_LE": result.load_LE.tolist()} | probe.measure(passes, parts.world) | weight_rms(parts)
+            row |= {"router/load_LE": result.load_LE.tolist()} | probe.measure(passes, parts.world, parts.pipeline)
+            row |= weight_rms(parts)
         return row
 
     def _speed(self, plan: StepPlan, step_s: float) -> dict[str, float]:

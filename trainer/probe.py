@@ -5,10 +5,10 @@ behind them, kernels too, get what they always get and their results go on uncha
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,9 @@ from model.experts import Experts, SharedExpert
 from model.transformer import Transformer
 from trainer.parallel.expert import StandBy
 from trainer.parallel.world import ALONE, World
+
+if TYPE_CHECKING:
+    from trainer.parallel.pipeline import Pipeline
 
 
 class Pass:
@@ -32,6 +35,8 @@ class Pass:
         """SwiGLU inputs outside the clamp, by call."""
         self.values = 0
         """All SwiGLU inputs."""
+        self.first_layer = 0
+        """The first of the layers that the pass went through."""
 
     @torch.no_grad()
     def site(self, comb_BTNN: Tensor, *, main: bool) -> None:
@@ -60,11 +65,13 @@ class Seen:
     values: int
 
 
-def measure(passes: Sequence[Pass], world: World = ALONE) -> dict[str, float]:
+def measure(passes: Sequence[Pass], world: World = ALONE, pipeline: "Pipeline | None" = None) -> dict[str, float]:
     """The metrics mhc/* and experts/* over the rows of a step, padding included; the rows' order changes no bit.
 
     On many ranks all of them call this alike. Empty where no pass was watched.
     """
+    if pipeline is not None:
+        _chain(passes, pipeline)
     seen = [one for of_rank in world.gather([_seen(one) for one in passes]) for one in of_rank]
     if not seen:
         return {}
@@ -77,6 +84,34 @@ def measure(passes: Sequence[Pass], world: World = ALONE) -> dict[str, float]:
         "mhc/composite_gain_backward": backward,
         "experts/clamped_ratio": sum(one.clamped for one in seen) / sum(one.values for one in seen),
     }
+
+
+def _chain(passes: Sequence[Pass], pipeline: "Pipeline") -> None:
+    """Where layers are shared out: the product over all of them, in the passes through the last; none in the others.
+
+    It is a product of the stages' products, so its last digits depend on how the layers are cut.
+    """
+    of_chunk: dict[int, list[Pass]] = {}
+    for one in passes:
+        if one.composite_PNN is not None:
+            of_chunk.setdefault(one.first_layer, []).append(one)
+    if not of_chunk:
+        return
+
+    def advance(layers: range, before_BPNN: Tensor) -> Tensor:
+        return before_BPNN @ stacked[layers.start]
+
+    stacked = {first: torch.stack([_taken(one) for one in some]) for first, some in of_chunk.items()}
+    like_BPNN = next(iter(stacked.values()))
+    whole_BPNN = pipeline.chain(torch.eye(like_BPNN.shape[-1]).to(like_BPNN).expand_as(like_BPNN), advance)
+    for one, whole_PNN in zip(of_chunk.get(pipeline.chunks[-1].start, ()), whole_BPNN, strict=False):
+        one.composite_PNN = whole_PNN
+
+
+def _taken(one: Pass) -> Tensor:
+    composite_PNN, one.composite_PNN = one.composite_PNN, None
+    assert composite_PNN is not None, "the pass went through an mHC site of the main model"
+    return composite_PNN
 
 
 def _seen(one: Pass) -> Seen:
@@ -125,14 +160,16 @@ def _watch(model: Transformer, passes: list[Pass], undo: ExitStack) -> None:
     running: list[Pass] = []
     """The pass that runs now, if one does."""
 
-    def begin(*_: Any) -> None:
+    def begin(module: nn.Module, given: tuple[Any, ...], named: Mapping[str, Any]) -> None:
         running[:] = [Pass()]
+        layers = named.get("layers")
+        running[0].first_layer = 0 if layers is None else layers.start
 
     def end(*_: Any) -> None:
         passes.append(running.pop())
 
     for passing in (model, *(module for module in model.modules() if isinstance(module, StandBy))):
-        undo.callback(passing.register_forward_pre_hook(begin).remove)
+        undo.callback(passing.register_forward_pre_hook(begin, with_kwargs=True).remove)
         undo.callback(passing.register_forward_hook(end).remove)
     main = set(model.layers)
     for module in model.modules():

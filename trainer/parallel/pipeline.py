@@ -52,24 +52,32 @@ class Pipeline:
         end: Callable[[Tensor], Tensor],
     ) -> Tensor:
         """In place of `model.transformer.relay`: each chunk where it is; all ranks get the result, [B, V]."""
-        config, mine = model.config, self.column.index
-        x_BTND = torch.empty(*token_BT.shape, config.hc_mult, config.hidden_size, dtype=model.dtype, device=model.device)
+        config, device = model.config, model.device
+        shape = (*token_BT.shape, config.hc_mult, config.hidden_size)
+        x_BTND = model.streams(token_BT) if model.is_first else torch.empty(shape, dtype=model.dtype, device=device)
+        x_BTND = self.chain(x_BTND, advance)
+        nothing_BV = torch.empty(len(token_BT), config.vocab_size, dtype=model.dtype, device=device)
+        logits_BV = end(x_BTND) if model.is_last else at_least_fp32(nothing_BV)
+        dist.broadcast(logits_BV, self.column.ranks[self.owners[-1]], group=self.column.handle)
+        return logits_BV
+
+    def chain(self, x: Tensor, advance: Callable[[range, Tensor], Tensor]) -> Tensor:
+        """A tensor through all chunks in order: x = advance(layers, x) where these are, then on to the next.
+
+        x counts where the first chunk is; elsewhere it has the shape and type of what comes. The result is where the
+        last chunk is; elsewhere it means nothing.
+        """
+        mine, group = self.column.index, self.column
         for number, (layers, owner) in enumerate(zip(self.chunks, self.owners, strict=True)):
             before = self.owners[number - 1] if number else owner
             if mine == before != owner:
-                dist.send(x_BTND.contiguous(), self.column.ranks[owner], group=self.column.handle)
+                dist.send(x.contiguous(), group.ranks[owner], group=group.handle)
             if mine == owner:
                 if before != owner:
-                    dist.recv(x_BTND, self.column.ranks[before], group=self.column.handle)
-                x_BTND = advance(layers, x_BTND if number else model.streams(token_BT))
-        last = self.owners[-1]
-        logits_BV = (
-            end(x_BTND)
-            if mine == last
-            else at_least_fp32(torch.empty(len(token_BT), config.vocab_size, dtype=model.dtype, device=model.device))
-        )
-        dist.broadcast(logits_BV, self.column.ranks[last], group=self.column.handle)
-        return logits_BV
+                    x = torch.empty_like(x)
+                    dist.recv(x, group.ranks[before], group=group.handle)
+                x = advance(layers, x)
+        return x
 
 
 def pipeline(model: Transformer, schedule: str, chunks: Sequence[range], column: Group, travels: torch.dtype) -> Pipeline:
