@@ -27,22 +27,25 @@ LAYOUTS = (
     Mesh(data=3, owners=3),
     Mesh(data=4, expert=2, owners=2),
     Mesh(data=4, expert=4, owners=4),
+    Mesh(pipe=2),
+    Mesh(pipe=2, data=2, expert=2, owners=2),
 )
-"""One process, data ranks, expert ranks, both; owners as many as data ranks or fewer."""
+"""One process, data ranks, expert ranks, both, stages; owners as many as data ranks or fewer."""
 EVER = sys.maxsize
 WATCH_S = 0.002
 
 
 def config(corpus: Path, runs_dir: Path, mesh: Mesh, **changes: Any) -> TrainConfig:
     """The tiny run on a layout, saved every second step."""
-    parallel = ParallelConfig(data=mesh.data, expert=mesh.expert, owners_limit=mesh.owners)
+    parallel = ParallelConfig(pipe=mesh.pipe, data=mesh.data, expert=mesh.expert, owners_limit=mesh.owners)
     values = {"model": ranks.MODEL, "checkpoint": CheckpointConfig(every_steps=2, keep_last=2), "parallel": parallel}
     return tiny.config(corpus, runs_dir, **(values | changes))
 
 
 def name(mesh: Mesh) -> str:
     """A layout in the name of a test."""
-    return f"data{mesh.data}-expert{mesh.expert}-owners{mesh.owners}"
+    stages = f"pipe{mesh.pipe}-" if mesh.pipe > 1 else ""
+    return f"{stages}data{mesh.data}-expert{mesh.expert}-owners{mesh.owners}"
 
 
 class Session:

@@ -4,6 +4,7 @@ Also what the tests of whole runs compare: every tensor of a run's newest checkp
 """
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -183,8 +184,17 @@ def different_tensors(left: Mapping[str, Tensor], right: Mapping[str, Tensor]) -
 def assert_same_run(left: RunFolder, right: RunFolder) -> None:
     """Both end with the same bits in model and optimizer, and have told the same story."""
     assert different_tensors(final_tensors(left), final_tensors(right)) == []
-    assert metrics_rows(left) == metrics_rows(right)
+    assert len(metrics_rows(left)) == len(metrics_rows(right))
+    for one, other in zip(metrics_rows(left), metrics_rows(right), strict=True):
+        assert one == {name: _like(name, value, one) for name, value in other.items()}
     assert samples(left) == samples(right)
+
+
+def _like(name: str, value: Any, row: Mapping[str, Any]) -> Any:
+    """A product over layers that stages share out is one of products: fp64 with as many roundings, in another order."""
+    if name.startswith("mhc/composite_gain") and math.isclose(value, row.get(name, 0.0), rel_tol=1e-13):
+        return row[name]
+    return value
 
 
 def samples(run: RunFolder) -> dict[str, str]:
