@@ -22,6 +22,9 @@ def prepare(device: str) -> None:
     """Before torch is first imported to train on `device`: refuse an idle GPU, make CUDA's products repeatable."""
     # cuBLAS reads this once, when it starts; without it deterministic algorithms refuse matrix products.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    if device == "cpu" or not nvidia_driver():
+        # Else deepspeed, where it is needed, warns that it found no GPU.
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
     refuse_idle_gpu(device)
 
 

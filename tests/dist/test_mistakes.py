@@ -8,15 +8,17 @@ from pathlib import Path
 import pytest
 
 from optim.config import OptimConfig
-from tests.dist import mistakes, mistakes_owners, ranks
+from tests.dist import mistakes, mistakes_owners, mistakes_pipe, ranks
 from tests.dist.ranks import Case, Plant, Steps
 from trainer.parallel.mesh import Mesh
 
 DATA, EXPERT, TWICE = Mesh(data=2, owners=2), Mesh(data=2, expert=2, owners=2), Mesh(data=4, owners=2)
 """TWICE: every dense matrix has two owners."""
+PIPE = Mesh(pipe=2)
 CASE = Case(rows=(5, 1, 2))
 """Dense, warm-up, sparse; in some rounds a rank has no row."""
 CLIPPED = replace(CASE, changes={"optim": OptimConfig(clip_norm=0.1)})
+HASHLESS = replace(CASE, changes={"model": ranks.model(num_hash_layers=0)})
 SAVED, SAVED_BF16 = replace(CASE, saved_after=1), replace(CASE, saved_after=1, dtype="bf16")
 
 # What must be among the differences: a figure of a step, or a tensor at the end.
@@ -57,7 +59,16 @@ MISTAKES: dict[Plant, tuple[Case, Mesh, str]] = {
         DATA,
         "model/layers.1.ffn.gate.bias: not the same on rank 1",
     ),
+    mistakes_pipe.embedding_not_added_between_the_ends: (CASE, PIPE, "model/embed.weight: not the same on rank 1"),
+    mistakes_pipe.embedding_counted_on_both_ends: (CASE, PIPE, "step 0 optim/grad_norm"),
+    mistakes_pipe.streams_rounded_on_their_way: (CASE, PIPE, "step 0 row 0/lm"),
+    mistakes_pipe.last_stage_draws_the_row_before: (CASE, PIPE, "step 0 row 1/lm"),
+    mistakes_pipe.loads_of_the_first_layers_on_every_stage: (CASE, PIPE, "model/layers.1.ffn.gate.bias"),
+    mistakes_pipe.no_balance_loss_before_the_last_stage: (HASHLESS, PIPE, "step 0 optim/grad_norm"),
+    mistakes_pipe.gradients_of_a_row_left_for_the_next: (CASE, PIPE, "momentum/layers.0.attn.wkv.weight"),
+    mistakes_pipe.gradient_of_the_streams_halved: (CASE, PIPE, "step 0 optim/grad_norm"),
 }
+"""By mistake: a case that is right without it, the layout, and what must be seen."""
 
 
 def differences(
@@ -69,8 +80,17 @@ def differences(
 
 @pytest.mark.parametrize(
     ("case", "mesh"),
-    [(CASE, DATA), (CASE, EXPERT), (CASE, TWICE), (CLIPPED, DATA), (SAVED, DATA), (SAVED_BF16, DATA)],
-    ids=["data", "expert", "twice", "clipped", "saved", "saved-bf16"],
+    [
+        (CASE, DATA),
+        (CASE, EXPERT),
+        (CASE, TWICE),
+        (CLIPPED, DATA),
+        (SAVED, DATA),
+        (SAVED_BF16, DATA),
+        (CASE, PIPE),
+        (HASHLESS, PIPE),
+    ],
+    ids=["data", "expert", "twice", "clipped", "saved", "saved-bf16", "pipe", "hashless"],
 )
 def test_without_a_mistake_there_is_no_difference(
     case: Case, mesh: Mesh, alone: Callable[[Case], Steps], processes: BaseContext, tmp_path: Path
