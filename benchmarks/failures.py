@@ -5,9 +5,10 @@
 Each try is a whole run of a tiny model on real processes, as `keel train` starts them, one of which has one fault:
 killed (SIGKILL) or stopped (SIGSTOP) at a random instant or in a step, a bug in the forward or the backward pass, a
 loss that is no number, memory that it does not get, a full disk, a port that is taken, a lock that is never given, a
-rank that is slow. Rank, step, instant and whether `restarts=1` is set are drawn. "seconds": from the fault to the line that
-names the cause. "named": that line names this rank. "whole": with restarts=1, the run came to its end afterwards. FILE keeps the tries: the
-tables are of all that are in it, so a campaign can be taken in parts, each with its own seed.
+rank that is slow. Rank, step, instant and whether `restarts=1` is set are drawn. "seconds": from the fault to the
+line that names the cause. "named": that line names this rank. "whole": with restarts=1, the run came to its end
+afterwards. FILE keeps the tries: the table is of all that are in it, so a campaign can be taken in parts, each with its
+own seed.
 """
 
 import argparse
@@ -36,7 +37,7 @@ from trainer.parallel.mesh import Mesh
 LAYOUTS = ("parallel.data=2", "parallel.data=4 parallel.expert=2", "parallel.pipe=2", "parallel.pipe=2 parallel.data=2")
 HANGS_S = 120.0
 """A try that has not ended after so long counts as a hang."""
-PATIENCE = "patience_s=5"
+PATIENCE = "patience_s=10"
 STEPS, START_S = 8, 12.0
 SLOW_TOKENS = "schedule.total_tokens=7000"
 INSTANTS = ("kill", "stop")

@@ -4,6 +4,7 @@ import sys
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 from launch import local
 from launch.watch import Cause
@@ -24,6 +25,8 @@ def start(words: Sequence[str], size: int, restarts: int) -> int:
         ended = local.attempt(local.command_of(words), size, number, is_last=number == restarts)
         if ended.cause is None:
             return ended.code
+        if ended.run is not None:
+            _note_end(ended.run, ended.cause)
         if restarts and number and ended.cause.step == failed_at:
             where = f"step {failed_at}" if failed_at else "the start"
             _say(f"no restart: {where} has failed again, without a step done in between")
@@ -33,7 +36,7 @@ def start(words: Sequence[str], size: int, restarts: int) -> int:
         failed_at = ended.cause.step
         _say(f"restart {number + 1} of {restarts}, from the last checkpoint")
         if ended.run is not None:
-            _note(ended.run, number + 1, ended.cause)
+            _note(ended.run, {"event": "restart", "attempt": number + 1, "reason": ended.cause.line}, ended.cause)
             words = [word for word in words if word != NEW]
     if restarts:
         _say(f"no restart: restarts = {restarts} are used up")
@@ -44,12 +47,19 @@ def _say(text: str) -> None:
     print(f"keel: {text}", file=sys.stderr, flush=True)
 
 
-def _note(run: Path, number: int, cause: Cause) -> None:
-    """In the run's history, which no rank is writing now."""
-    row = {"time": datetime.now(UTC).isoformat(timespec="seconds"), "event": "restart", "step": cause.step or 0}
+def _note_end(run: Path, cause: Cause) -> None:
+    """The cause, where no rank was left that knew it."""
+    rows = journal.read(run / "history.jsonl")
+    if not rows or rows[-1].get("event") != "end":
+        _note(run, {"event": "end", "reason": cause.line}, cause)
+
+
+def _note(run: Path, row: dict[str, Any], cause: Cause) -> None:
+    """A row of the run's history, which no rank is writing now; step: the last that was done, as far as is known."""
+    about = {"time": datetime.now(UTC).isoformat(timespec="seconds"), "step": max((cause.step or 1) - 1, 0)}
     try:
         history = journal.Journal(run / "history.jsonl")
-        history.append({**row, "attempt": number, "reason": redact.in_text(cause.line)})
+        history.append({**about, **row, "reason": redact.in_text(row["reason"])})
         history.close()
     except OSError as error:
-        _say(f"the restart could not be noted in {run}: {error}")
+        _say(f"that could not be noted in {run}: {error}")

@@ -164,8 +164,8 @@ class Ranks:
         """Whether Ctrl-C has ended the first rank before it could say so."""
         return self._asked is Signals.SIGINT and self._ended[0] == -Signals.SIGINT
 
-    def outcome(self) -> tuple[int, int | None]:
-        """The exit code of all together, and the rank to name as the cause where one has failed."""
+    def outcome(self) -> tuple[int, Cause | None]:
+        """The exit code of all together, and the cause where something has failed."""
         first = next((rank for rank, code in self._ended.items() if code), None)
         if first is None:
             return 0, None

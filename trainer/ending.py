@@ -50,9 +50,9 @@ def finish(built: Built, run_folder: RunFolder, held_out: HeldOut, say: Callable
     """Says what became of the run and how to look at it; returns what is measured only now. All ranks call it."""
     results = {}
     config, world = built.config, built.parts.world
-    world.beat.mark("ending", row=None)
     mode = attention_after(config.schedule, len(built.plans))
     final = held_out.measure(built.parts.pool, mode, world, built.parts.pipeline)
+    world.beat.mark("ending", row=None)
     # Before what the first rank does alone, and for which the others would wait.
     text = _sample(built, mode)
     say(f"held-out loss {final['validation/loss']:.4f} nats, {final['validation/bits_per_byte']:.4f} bits per byte")

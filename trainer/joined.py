@@ -40,14 +40,20 @@ def joined(config: TrainConfig, place: Placement, device: torch.device) -> Itera
         beat.close()
 
 
-def failed(beat: Beat, error: BaseException) -> None:
-    """Note why this rank ends; where nobody watches it, say who it lost."""
+def failed(beat: Beat, error: BaseException) -> bool:
+    """Note why this rank ends; where nobody watches it, say who it lost.
+
+    True where this rank only lost another and its supervisor knows more: then the run's history is for that to write.
+    """
     beat.fail(error)
-    if not is_loss(error) or beat.place.folder or beat.shared is None:
-        return
+    if not is_loss(error):
+        return False
+    if beat.place.folder or beat.shared is None:
+        return bool(beat.place.folder)
     time.sleep(SETTLE_S)
     now = time.time()
     beats = ranks.read(beat.shared)
     silent = {one.rank: now - one.time for one in beats}
     for found in ranks.suspects([one for one in beats if one.rank != beat.place.rank], silent, SETTLE_S):
         print(f"keel: rank {beat.place.rank} has lost the others; {found}", file=sys.stderr, flush=True)
+    return False

@@ -199,8 +199,8 @@ def _run(
         ending.keep_fault(built, run_folder, error.fault, facts)
         return 1
     except BaseException as error:
-        failed(built.parts.world.beat, error)
-        run_folder.end(f"{type(error).__name__}: {error}", run_folder.done)
+        if not failed(built.parts.world.beat, error):
+            run_folder.end(f"{type(error).__name__}: {error}", run_folder.done)
         if isinstance(error, TRAINING_FAILURES):
             ending.tell_failure(error, run_folder)
             return 1

@@ -148,9 +148,10 @@ def test_failed_ranks_are_started_again_elsewhere_and_the_history_says_so(tmp_pa
     assert [line.split()[:2] for line in noted] == [["0", "0"], ["0", "1"], ["1", "0"], ["1", "1"]]
     assert len({line.split()[2] for line in noted}) == 2, "a late process could join"
     assert [line.partition("[")[2] for line in noted] == ["'train', '--new']"] * 2 + ["'train']"] * 2
-    (row,) = journal.read(tmp_path / "run" / "history.jsonl")
-    assert (row["event"], row["step"], row["attempt"]) == ("restart", 4, 1)
-    assert row["reason"] == "rank 1 (data 1) ended with 137 (SIGKILL) in step 4"
+    end, row = journal.read(tmp_path / "run" / "history.jsonl")
+    assert (end["event"], end["step"]) == ("end", 3)
+    assert (row["event"], row["step"], row["attempt"]) == ("restart", 3, 1)
+    assert end["reason"] == row["reason"] == "rank 1 (data 1) ended with 137 (SIGKILL) in step 4"
 
 
 def test_the_same_step_twice_is_enough(tmp_path: Path) -> None:
