@@ -2,15 +2,15 @@
 
 DeepSpeed 0.19.8 has two executors of pipeline schedules, PipelineEngine (1F1B) and DualPipeVEngine, whose methods carry
 out a schedule's instructions one by one. The classes here are such engines with a constructor of their own: loading,
-the passes, reductions and the optimizer's step are ours, so that DeepSpeed's engine proper, with its optimizer wrappers,
-loss scaling, gradient reduction and checkpoints, is never built. What is used of it has no promise of staying as it is:
-so the version is pinned, and each name is looked up before the first step.
+the passes, reductions and the optimizer's step are ours, so that DeepSpeed's engine proper, with its wrappers of
+optimizers, loss scaling, gradient reduction and checkpoints, is never built. What is used of it has no promise of
+staying as it is: so the version is pinned, and each name is looked up before the first step.
 """
 
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import deepspeed
 import torch
@@ -82,10 +82,11 @@ class OneForwardOneBackward(PipelineEngine):
         self.is_pipe_partitioned = self.is_grad_partitioned = False
         self.num_pipe_buffers, self.micro_batches = 0, 0
         self.pipe_buffers: dict[str, list[Any]] = {kind: [] for kind in ("inputs", "labels", "outputs")}
-        self.loss: Tensor | None = None
+        self.loss: Any = None
         self.grad_layer: Any = None
-        self._layers, self._passes, self._shape = column.layers, None, None
-        self._turns: Sequence[int] = ()
+        self._layers, self._turns = column.layers, tuple[int, ...]()
+        self._passes: Passes | None = None
+        self._shape: tuple[int, ...] | None = None
         self._done = {"forward": [0, 0], "backward": [0, 0]}
         self.reset_activation_shape()
         p2p.init_process_groups(column)
@@ -109,7 +110,7 @@ class OneForwardOneBackward(PipelineEngine):
             return
         if shape != self._shape:
             self.reset_activation_shape()
-        self._passes, self._turns, self._shape = passes, turns, shape
+        self._passes, self._turns, self._shape = passes, tuple(turns), shape
         self._done = {"forward": [0, 0], "backward": [0, 0]}
         self.micro_batches = len(turns)
         self._exec_schedule(order())
@@ -156,7 +157,7 @@ class OneForwardOneBackward(PipelineEngine):
     def _exec_nothing(self) -> None:
         """Reductions and the optimizer's step come after the schedule."""
 
-    _INSTRUCTION_MAP = {
+    _INSTRUCTION_MAP: ClassVar = {
         **PipelineEngine._INSTRUCTION_MAP,
         schedule.LoadMicroBatch: _exec_load_micro_batch,
         schedule.ForwardPass: _exec_forward_pass,
@@ -167,7 +168,7 @@ class OneForwardOneBackward(PipelineEngine):
     }
 
 
-class DualPipeV(DualPipeVEngine, OneForwardOneBackward):
+class DualPipeV(DualPipeVEngine, OneForwardOneBackward):  # pyrefly: ignore[inconsistent-inheritance]
     """DualPipeV: a stage has a chunk on the way out and one on the way back, and works on both in turn.
 
     DualPipeVEngine's methods call the next class's for a pass, which is the one above.
@@ -189,11 +190,14 @@ class DualPipeV(DualPipeVEngine, OneForwardOneBackward):
         assert self._active_phase is not None, "inside _phase"
         return self._active_phase
 
-    _INSTRUCTION_MAP = {**OneForwardOneBackward._INSTRUCTION_MAP, **{
-        instruction: method
-        for instruction, method in DualPipeVEngine._INSTRUCTION_MAP.items()
-        if instruction not in (schedule.ReduceTiedGrads, schedule.ReduceGrads, schedule.OptimizerStep)
-    }}
+    _INSTRUCTION_MAP: ClassVar = {
+        **OneForwardOneBackward._INSTRUCTION_MAP,
+        **{
+            instruction: method
+            for instruction, method in DualPipeVEngine._INSTRUCTION_MAP.items()
+            if instruction not in (schedule.ReduceTiedGrads, schedule.ReduceGrads, schedule.OptimizerStep)
+        },
+    }
 
 
 class _Phases:
@@ -208,7 +212,7 @@ class _NoBuilds(CPU_Accelerator):
 
     def create_op_builder(self, op_name: str) -> None:
         """None: nothing is compiled."""
-        return None
+        return
 
 
 Engine = OneForwardOneBackward | DualPipeV

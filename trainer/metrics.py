@@ -29,7 +29,7 @@ METRICS = {
     "speed/model_flops_per_s": "`model.count.training_flops` of the step, rows as one document each, per second of it",
     "speed/product_flops_per_s": "measured FLOP/s of matrix products, all threads; in the first row of a session",
     "speed/utilisation": "speed/model_flops_per_s over the session's speed/product_flops_per_s",
-    "speed/rank_load_max_ratio": "tokens for the fullest expert rank over the mean, all layers of this step, mean over layers; 1 where experts are on one",
+    "speed/rank_load_max_ratio": "tokens for the fullest expert rank over the mean, averaged over layers",
     "memory/peak_bytes": "most memory so far: of the GPU where there is one, else of the process",
     "memory/rss_bytes": "memory of the process",
     "schedule/rate": "learning rate of this step",

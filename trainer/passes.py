@@ -1,8 +1,8 @@
 """The passes of a stage's rows, part by part, as a pipeline's schedule asks for them (`trainer.engine.Passes`).
 
-A stage runs the same functions on a row as one process does, `row.forward` and `row.measure`, through its own layers; it
-draws the row's ids itself, so that streams alone travel. A rank without a row in the last round takes part in the other
-ranks' exchanges of tokens and hands on zeros.
+A stage runs the same functions on a row as one process does, `row.forward` and `row.measure`, through its own layers;
+it draws the row's ids itself, so that streams alone travel. A rank without a row in the last round takes part in the
+other ranks' exchanges of tokens and hands on zeros.
 """
 
 from collections.abc import Callable

@@ -196,7 +196,7 @@ def join(parts: Sequence[RowSums]) -> RowSums:
     places = {number: (one, at) for one in parts for at, number in enumerate(one.layers)}
     layers = sorted(places)
 
-    def by_layer(name: str) -> tuple[Any, ...]:
+    def by_layer(name: str) -> Any:
         return tuple(getattr(one, name)[at] for one, at in map(places.__getitem__, layers))
 
     last, _ = places[layers[-1]]
@@ -204,7 +204,10 @@ def join(parts: Sequence[RowSums]) -> RowSums:
         last,
         load_LE=torch.cat([one.load_LE[at : at + 1] for one, at in map(places.__getitem__, layers)]),
         layers=tuple(layers),
-        **{name: by_layer(name) for name in ("balance_L", "indexer_L", "entropy_L", "recall_L")},
+        balance_L=by_layer("balance_L"),
+        indexer_L=by_layer("indexer_L"),
+        entropy_L=by_layer("entropy_L"),
+        recall_L=by_layer("recall_L"),
     )
 
 

@@ -57,7 +57,8 @@ class HeldOut:
             passes = Measuring(pipeline.stage(target_BT.shape[1]), pick, mode)
             pipeline.measure(passes, turns, target_BT.shape[1])
             found = [passes.sums(turn) for turn in turns]
-        own = {mine[turn]: sums for turn, sums in zip(turns, found, strict=True) if sums is not None}
+        by_index = ((mine[turn], sums) for turn, sums in zip(turns, found, strict=True))
+        own = {index: sums for index, sums in by_index if index is not None and sums is not None}
         rows, load_LE = together.gather_rows(world, own)
         num_bytes = count_bytes(target_BT, self.byte_count_V)
         return metrics.validation(rows, row.count_rows(self.batch), num_bytes, load_LE)

@@ -45,7 +45,13 @@ def on(case: Case, **parallel: Any) -> Case:
 
 
 def check(
-    processes: BaseContext, alone: Alone, case: Case, mesh: Mesh, folder: Path, like: Case | None = None, **parallel: Any
+    processes: BaseContext,
+    alone: Alone,
+    case: Case,
+    mesh: Mesh,
+    folder: Path,
+    like: Case | None = None,
+    **parallel: Any,
 ) -> None:
     found = ranks.run(processes, on(case, **parallel), mesh, folder)
     assert ranks.differences(alone(like or case), found) == []
@@ -53,7 +59,11 @@ def check(
 
 @pytest.mark.parametrize(
     ("case", "mesh"),
-    [(of_layers(2), PIPE_2), (of_layers(3, dtype="bf16"), ALL), pytest.param(of_layers(8), PIPE_4, marks=pytest.mark.slow)],
+    [
+        (of_layers(2), PIPE_2),
+        (of_layers(3, dtype="bf16"), ALL),
+        pytest.param(of_layers(8), PIPE_4, marks=pytest.mark.slow),
+    ],
     ids=ids,
 )
 def test_1f1b(case: Case, mesh: Mesh, processes: BaseContext, alone: Alone, tmp_path: Path) -> None:
@@ -146,9 +156,7 @@ def test_the_fast_path_has_the_same_bits_again(
     # Streams of 8 bits of mantissa pass one border, forwards and backwards; fp32: sums of five rows and a norm.
     [("model", 1e-5), pytest.param("bf16", 2.0**-5, marks=pytest.mark.slow)],
 )
-def test_the_fast_path_is_near(
-    stream: str, slack: float, processes: BaseContext, alone: Alone, tmp_path: Path
-) -> None:
+def test_the_fast_path_is_near(stream: str, slack: float, processes: BaseContext, alone: Alone, tmp_path: Path) -> None:
     """After one step momentum is the clipped gradient, that of the embedding, used on two stages, among them."""
     reference = alone(of_layers(4, rows=(5,)))
     found = ranks.run(processes, fast((5,), stream=stream), PIPE_2, tmp_path)

@@ -19,7 +19,14 @@ from trainer.parallel.mesh import Mesh
 FOUR, TWO, THREE = Mesh(data=4, expert=2, owners=2), Mesh(data=2, expert=2, owners=2), Mesh(data=3, owners=3)
 CHAIN = (FOUR, ONE, TWO, THREE)
 STAGES = (Mesh(pipe=2, data=2, expert=2, owners=2), TWO, Mesh(pipe=2), ONE)
-LONGER = (*CHAIN, *STAGES[::2], Mesh(pipe=2, data=4, expert=2, owners=2), Mesh(data=4, expert=4, owners=4), Mesh(data=2, owners=1), Mesh(data=8, expert=4, owners=4))
+LONGER = (
+    *CHAIN,
+    *STAGES[::2],
+    Mesh(pipe=2, data=4, expert=2, owners=2),
+    Mesh(data=4, expert=4, owners=4),
+    Mesh(data=2, owners=1),
+    Mesh(data=8, expert=4, owners=4),
+)
 
 
 def go_on(processes: BaseContext, corpus: Path, runs_dir: Path, meshes: Sequence[Mesh], stops: Sequence[int]) -> None:

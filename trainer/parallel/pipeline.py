@@ -20,7 +20,7 @@ from trainer.passes import Learning, Measuring, Stage
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Pipeline:
-    """One rank's stage and its schedule. chunks: the layers of all chunks in order, owners: the stages that have them."""
+    """A stage and its schedule. chunks: the layers of all chunks in order; owners: the stages that have them."""
 
     model: Transformer
     travels: torch.dtype
@@ -32,9 +32,7 @@ class Pipeline:
     def stage(self, row_length: int) -> Stage:
         """What passes over rows of this length need to know."""
         config = self.model.config
-        return Stage(
-            model=self.model, shape=(1, row_length, config.hc_mult, config.hidden_size), travels=self.travels
-        )
+        return Stage(model=self.model, shape=(1, row_length, config.hc_mult, config.hidden_size), travels=self.travels)
 
     def learn(self, passes: Learning, turns: Sequence[int], row_length: int) -> None:
         """Forward and backward passes of these turns; all ranks of the column call this alike."""
@@ -80,7 +78,9 @@ class Pipeline:
         return x
 
 
-def pipeline(model: Transformer, schedule: str, chunks: Sequence[range], column: Group, travels: torch.dtype) -> Pipeline:
+def pipeline(
+    model: Transformer, schedule: str, chunks: Sequence[range], column: Group, travels: torch.dtype
+) -> Pipeline:
     """The stage of this rank; all ranks of the column call this alike. travels: see `Stage`."""
     stages = column.size
     owners = tuple(min(chunk, 2 * stages - 1 - chunk) for chunk in range(len(chunks)))
