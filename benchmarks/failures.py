@@ -37,7 +37,7 @@ from trainer.parallel.mesh import Mesh
 LAYOUTS = ("parallel.data=2", "parallel.data=4 parallel.expert=2", "parallel.pipe=2", "parallel.pipe=2 parallel.data=2")
 HANGS_S = 120.0
 """A try that has not ended after so long counts as a hang."""
-PATIENCE = "patience_s=10"
+PATIENCE = "patience_s=5"
 STEPS, START_S = 8, 12.0
 SLOW_TOKENS = "schedule.total_tokens=7000"
 INSTANTS = ("kill", "stop")

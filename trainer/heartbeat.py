@@ -27,7 +27,10 @@ SHARED_S = 1.0
 BYTES = 2048
 """A file's size, whatever it says: written over in one piece, it needs no room on a full disk."""
 FIRST_S, LEAST_S, TIMES, KNOWN = 600.0, 60.0, 10, 3
-"""How long the same phase may last: FIRST_S until it was seen KNOWN times, then TIMES its longest, at least LEAST_S."""
+"""How long the same phase may last: FIRST_S until it was seen KNOWN times, then TIMES its longest, at least LEAST_S.
+
+A patience that was set holds for phases that were seen before: the first of each may load parts of torch, for example.
+"""
 START = ("starting", "reading", "building", "restoring")
 WINDOW_S = 30.0
 """Own work is the mean over the last steps that took so long together."""
@@ -151,8 +154,11 @@ class Beat:
             all_s = sum(all_s for _, all_s in self._steps)
             times, longest = self._longest.get(told["doing"], (0, 0.0))
             learned = FIRST_S if times < KNOWN else max(LEAST_S, TIMES * longest)
-            limit_s = max(self._patience_s, FIRST_S) if told["doing"] in START else self._patience_s or learned
-            told |= {"time": time.time(), "age_s": round(self._age_s, 2), "limit_s": round(limit_s, 1)}
+            if told["doing"] in START:
+                learned = max(self._patience_s, FIRST_S)
+            elif self._patience_s:
+                learned = self._patience_s if times else max(self._patience_s, LEAST_S)
+            told |= {"time": time.time(), "age_s": round(self._age_s, 2), "limit_s": round(learned, 1)}
             told |= {"patience_s": self._patience_s, "seen_s": round(all_s, 1)}
             told["own_s"] = sum(own for own, _ in self._steps) / len(self._steps) if self._steps else None
             return json.dumps(told).encode().ljust(BYTES)

@@ -20,8 +20,8 @@ from trainer import folder, journal, ranks
 from trainer.folder import RunFolder
 
 ROOT = Path(__file__).resolve().parents[2]
-WITHIN_S = 40
-"""From the fault to the line that names it, on two busy cores; a stopped or waiting rank is given 10 s of patience."""
+WITHIN_S = 90
+"""From the fault to the line that names it; who stands still is given 5 s, in a phase that is new a minute."""
 BUG_UNDER_TORCHRUN = """
 import os, sys, time
 from trainer import row

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from launch import device, local
+from launch import attempts, device
 from launch.compose import compose
 from launch.config import render
 from launch.main import main
@@ -57,11 +57,11 @@ def started(monkeypatch: pytest.MonkeyPatch) -> list[tuple[list[str], int]]:
     """Stands in for the start of several processes and notes their words and number."""
     noted: list[tuple[list[str], int]] = []
 
-    def start(words: list[str], size: int) -> int:
+    def start(words: list[str], size: int, restarts: int) -> int:
         noted.append((words, size))
         return 9
 
-    monkeypatch.setattr(local, "start", start)
+    monkeypatch.setattr(attempts, "start", start)
     return noted
 
 

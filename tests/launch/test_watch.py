@@ -34,6 +34,7 @@ beat = Beat(place, f"data {{rank}}", 1.0)
 beat.start()
 from pathlib import Path
 beat.follow(Path({run!r}))
+beat.step(3, 2)
 beat.step(4, 2)
 with open({noted!r}, "a") as file:
     file.write(f"{{attempt}} {{rank}} {{os.environ['MASTER_PORT']}} {{sys.argv[1:]}}\\n")
@@ -109,6 +110,8 @@ def test_a_hang_is_where_no_rank_comes_on(tmp_path: Path) -> None:
     for one in beats:
         one.start()
         one.step(3, 2)
+        one.row("passes", 0)
+        one.row("passes", 1)
     looked, alive = Watch(tmp_path), {0: os.getpid(), 1: os.getpid()}
     for _ in range(4):
         time.sleep(0.3)

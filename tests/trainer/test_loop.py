@@ -92,7 +92,7 @@ def run(
     monkeypatch.setattr(loop, "train_step", take)
     monkeypatch.setattr(loop, "Guard", lambda parts, every_steps: diary)
     built = SimpleNamespace(
-        plans=[SimpleNamespace(step=step, attention="dense") for step in range(STEPS)],
+        plans=[SimpleNamespace(step=step, rows=1, attention="dense") for step in range(STEPS)],
         parts=SimpleNamespace(
             pool=None, world=ALONE, handout=SimpleNamespace(settle=lambda: None), pipeline=None
         ),
