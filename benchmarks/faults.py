@@ -2,8 +2,8 @@
 
     python -m benchmarks.faults JSON WORDS ...      `keel WORDS`, one rank of which has the fault
 
-JSON: {"fault": NAME, "rank": N, "step": N, "row": N, "attempts": [N, ...], "after_s": S, "told": FILE}; row: of those that
-the rank computes; after_s: kill and stop come then, wherever the rank is; told: gets the time of the fault.
+JSON: {"fault": NAME, "rank": N, "step": N, "row": N, "attempts": [N, ...], "after_s": S, "told": FILE}; row: of those
+that the rank computes; after_s: kill and stop come then, wherever the rank is; told: gets the time of the fault.
 Nothing in the product knows of this file: it changes functions of the ranks before they begin.
 """
 
