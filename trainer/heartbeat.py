@@ -32,6 +32,8 @@ FIRST_S, LEAST_S, TIMES, KNOWN = 600.0, 60.0, 10, 3
 A patience that was set holds for phases that were seen before: the first of each may load parts of torch, for example.
 """
 START = ("starting", "reading", "building", "restoring")
+NAMED = 16
+"""So many of the ranks that another waits for are told (ours)."""
 WINDOW_S = 30.0
 """Own work is the mean over the last steps that took so long together."""
 BLOCKED = ("threading.py", "concurrent/futures/_base.py", "torch/autograd/graph.py")
@@ -171,6 +173,7 @@ class Beat:
                 descriptor = os.open(path, os.O_WRONLY | os.O_CREAT, 0o644)
                 try:
                     os.pwrite(descriptor, record, 0)
+                    os.ftruncate(descriptor, len(record))
                 finally:
                     os.close(descriptor)
 
@@ -196,8 +199,8 @@ def look(frame: FrameType | None, size: int) -> tuple[dict[str, Any] | None, str
     in_torch = "torch/distributed" in found.f_code.co_filename
     call = found.f_code.co_name if in_torch else "exchange"
     with contextlib.suppress(Exception):
-        return {"call": call, "ranks": list(_ranks(found.f_locals) if in_torch else range(size))}, at
-    return {"call": call, "ranks": list(range(size))}, at
+        return {"call": call, "ranks": list(_ranks(found.f_locals) if in_torch else range(size))[:NAMED]}, at
+    return {"call": call, "ranks": list(range(size))[:NAMED]}, at
 
 
 def _ranks(given: dict[str, Any]) -> Sequence[int]:
