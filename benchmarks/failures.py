@@ -38,7 +38,7 @@ LAYOUTS = ("parallel.data=2", "parallel.data=4 parallel.expert=2", "parallel.pip
 HANGS_S = 120.0
 """A try that has not ended after so long counts as a hang."""
 PATIENCE = "patience_s=5"
-STEPS, START_S = 8, 12.0
+STEPS, START_S = 8, 6.0
 SLOW_TOKENS = "schedule.total_tokens=7000"
 INSTANTS = ("kill", "stop")
 
