@@ -38,7 +38,8 @@ def main(argv: list[str]) -> int:
     place = from_environment(os.environ, config.parallel) if os.environ.get("RANK") else None
     if place is None:
         layout = scaled_layout(config.parallel, config.model.n_routed_experts)
-        sizes = {"data": layout.data, "expert": layout.expert, "owners_limit": layout.owners_limit}
+        sizes: dict[str, object] = {"data": layout.data, "expert": layout.expert, "owners_limit": layout.owners_limit}
+        sizes |= {"pipe": layout.pipe, "stages": []}
         words = [*overrides, *(f"parallel.{key}={size}" for key, size in sizes.items())]
         flags = ["--json"] if given.flags["--json"] else []
         return attempts.start(["check", what, *flags, *words], layout.mesh.size, restarts=0)

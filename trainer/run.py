@@ -117,7 +117,9 @@ def _make_folder(config: TrainConfig, overrides: Sequence[str], facts: Mapping[s
 def _layout(config: TrainConfig) -> str:
     size = config.parallel.mesh.size
     threads = f"{config.threads} threads"
-    return threads if size == 1 else f"{size} processes (data {config.parallel.data}, expert {config.parallel.expert})"
+    parallel = config.parallel
+    stages = f"pipe {parallel.pipe} by {parallel.schedule}, " if parallel.pipe > 1 else ""
+    return threads if size == 1 else f"{size} processes ({stages}data {parallel.data}, expert {parallel.expert})"
 
 
 def resume(

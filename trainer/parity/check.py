@@ -119,9 +119,10 @@ def lines(config: TrainConfig, parity: Parity) -> Iterator[str]:
         f"parity of {config.name}, scaled down to {model.num_hidden_layers} layers, {model.n_routed_experts} experts, "
         f"{parity.parameters:,} parameters"
     )
+    stages = f"pipe {parallel.pipe} by {parallel.schedule}, " if parallel.pipe > 1 else ""
     steps = max(term.steps for term in parity.against_one.terms)
     yield (
-        f"{steps} steps on {parallel.mesh.size} processes (data {parallel.data}, expert {parallel.expert}), "
+        f"{steps} steps on {parallel.mesh.size} processes ({stages}data {parallel.data}, expert {parallel.expert}), "
         f"{parallel.reduction} sums, {config.precision.dtype}, and on one"
     )
     yield ""

@@ -5,14 +5,17 @@ from dataclasses import replace
 from trainer.config import ParallelConfig
 
 MOST_RANKS = 4
-"""Most processes that a layout is scaled down to on one machine."""
+"""Most data ranks that a layout is scaled down to on one machine."""
+MOST_STAGES = 2
+"""Most pipe ranks that it is scaled down to."""
 
 
 def scaled_layout(parallel: ParallelConfig, experts: int) -> ParallelConfig:
-    """A layout of 2 to MOST_RANKS ranks with the same axes in use, if these and the number of experts allow.
+    """A layout of few ranks with the same axes in use, if these and the number of experts allow.
 
-    Of such the largest whose data ranks divide those given, and if none does the largest.
+    Of such the largest whose data ranks divide those given, and if none does the largest; beside stages at most 2.
     """
+    pipe = min(parallel.pipe, MOST_STAGES)
 
     def shared(data: int) -> int:
         most = min(parallel.expert, data)
@@ -21,5 +24,7 @@ def scaled_layout(parallel: ParallelConfig, experts: int) -> ParallelConfig:
     def merits(data: int) -> tuple[bool, bool, int]:
         return parallel.expert == 1 or shared(data) > 1, parallel.data % data == 0, data
 
-    data = max(range(2, min(parallel.data, MOST_RANKS) + 1), key=merits)
-    return replace(parallel, data=data, expert=shared(data), owners_limit=min(parallel.owners_limit, data))
+    most = min(parallel.data, MOST_RANKS // pipe)
+    data = max(range(min(2, most), most + 1), key=merits)
+    owners_limit = min(parallel.owners_limit, data)
+    return replace(parallel, pipe=pipe, stages=(), data=data, expert=shared(data), owners_limit=owners_limit)

@@ -10,7 +10,7 @@ from torch import Tensor
 from data.batch import Batch
 from data.config import TokenizerConfig
 from model.config import CSA_RATIO, AttentionMode, ModelConfig
-from trainer.config import ProfileConfig, SampleConfig, TrainConfig
+from trainer.config import ParallelConfig, ProfileConfig, SampleConfig, TrainConfig
 from trainer.schedule_config import (
     AttentionStage,
     BatchConfig,
@@ -42,23 +42,26 @@ SIZES = {
 
 def scaled(config: TrainConfig) -> TrainConfig:
     """The same recipe with a small model and a schedule of STEPS steps; layout and precision as they are."""
-    model = scaled_model(config.model, config.parallel.expert)
+    model = scaled_model(config.model, config.parallel.expert, config.parallel.chunks)
     return replace(
         config,
         model=model,
-        schedule=_schedule(config.schedule, config.parallel.data, indexed=CSA_RATIO in model.attention_ratios),
+        schedule=_schedule(config.schedule, config.parallel, indexed=CSA_RATIO in model.attention_ratios),
         data=replace(config.data, tokenizer=TokenizerConfig(kind="deepseek")),
         sample=SampleConfig(tokens=0),
         profile=ProfileConfig(),
     )
 
 
-def scaled_model(model: ModelConfig, expert_ranks: int) -> ModelConfig:
-    """One layer of each kind of attention in the model's order, at least one of each kind of routing, MTP as it is."""
+def scaled_model(model: ModelConfig, expert_ranks: int, chunks: int = 1) -> ModelConfig:
+    """One layer of each kind of attention in the model's order, at least one of each kind of routing, MTP as it is.
+
+    More of them where the layers are cut into more chunks.
+    """
     ratios = [ratio if ratio in (0, CSA_RATIO) else HCA_RATIO for ratio in dict.fromkeys(model.attention_ratios)]
     hashed = min(model.num_hash_layers, 1)
     learned = model.num_hash_layers < model.num_hidden_layers
-    ratios += ratios[-1:] * (hashed + learned - len(ratios))
+    ratios += ratios[-1:] * (max(hashed + learned, chunks) - len(ratios))
     chosen = min(model.num_experts_per_tok, 2)
     sizes: dict[str, Any] = {key: min(getattr(model, key), size) for key, size in SIZES.items()}
     # Channels of heads are cut in groups and halves: all of them together, or none fits.
@@ -75,12 +78,12 @@ def scaled_model(model: ModelConfig, expert_ranks: int) -> ModelConfig:
     )
 
 
-def _schedule(given: ScheduleConfig, ranks: int, *, indexed: bool) -> ScheduleConfig:
+def _schedule(given: ScheduleConfig, parallel: ParallelConfig, *, indexed: bool) -> ScheduleConfig:
     """STEPS steps: batches that grow and divide by no number of ranks, every stage of attention, the recipe's rates.
 
     Its own schedule's tokens would take forever; rates, weights and the order of the stages are the recipe's.
     """
-    rows = 2 * ranks + 1
+    rows = max(2, parallel.chunks) * parallel.data + 1
     total = STEPS * rows * ROW_LENGTH
     stages: list[AttentionMode] = ["dense", "indexer_warmup", "sparse"] if indexed else ["dense"]
     return ScheduleConfig(
