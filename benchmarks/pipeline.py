@@ -1,0 +1,262 @@
+"""What do stages cost beside one process at equal work, and is the bubble the one that the schedule has?
+
+    python -m benchmarks.pipeline [--rounds N] [--steps N] [--rows N ...] [KEY=VALUE ...]
+
+The debug model with 8 layers (or the overrides') over made-up rows, sparse attention: one process with one thread and
+with two, two data ranks, two pipe ranks on both schedules; every rank has one core. Every round runs all of them in
+turn; figures are medians over the steps of all rounds but each process's first.
+
+"passes" are the seconds of forward and backward passes and sums, all ranks together: the engine's cost at equal work is
+what they are more than those of one process. A rank's bubble is the share of the time from the step's first pass to its
+last in which it computes nothing: "measured" from the passes' own clocks, "simulated" by `trainer.parallel.simulate`
+from the median times of each chunk's passes, with free transfers; "by FLOP" is what `keel plan` says from the
+configuration alone. "order": whether the passes came in the order of `trainer.parallel.orders`. "MB sent": the most
+that a rank handed to its neighbours in a step, in streams and their gradients, "planned": as `keel plan` counts them.
+"MiB": the most memory of a rank beyond what it had after building.
+"""
+
+import argparse
+import json
+import multiprocessing
+import resource
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch.distributed as dist
+
+from benchmarks import report
+from benchmarks.parallel import ROW_LENGTH, Rows
+from launch import device
+from launch.compose import compose
+from trainer import plan_pipe
+from trainer.build import build
+from trainer.config import TrainConfig
+from trainer.device import settle
+from trainer.parallel.orders import passes, training_order
+from trainer.parallel.placement import Placement
+from trainer.parallel.simulate import Profile, sends, simulate
+from trainer.parallel.world import start
+from trainer.parity.scale import MadeUpRows
+from trainer.passes import Learning
+from trainer.schedule import StepPlan
+from trainer.step import train_step
+
+DEEP = ("model.num_hidden_layers=8", "model.compress_ratios=[4,32,0,4,32,4,0,32,0]")
+LAYOUTS = {
+    "one process": "threads=1",
+    "one process, 2 threads": "threads=2",
+    "data 2": "threads=1 parallel.data=2",
+    "pipe 2, 1f1b": "threads=1 parallel.pipe=2",
+    "pipe 2, dualpipev": "threads=1 parallel.pipe=2 parallel.schedule=dualpipev",
+}
+Told = dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Pass:
+    """One pass by the clock of its rank, which is the machine's."""
+
+    way: str
+    row: int
+    layer: int
+    start: float
+    end: float
+
+
+def main() -> None:
+    """Print the tables."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("--rows", type=int, nargs="*", default=[8, 16])
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
+    given = parser.parse_args()
+    device.prepare("cpu")
+    configs = {
+        name: compose(["device=cpu", *DEEP, *words.split(), *given.overrides]).config for name, words in LAYOUTS.items()
+    }
+    measured = {(name, rows): list[list[Told]]() for rows in given.rows for name in configs}
+    for _ in range(given.rounds):
+        for name, rows in measured:
+            measured[name, rows].append(_measure(configs[name], given.steps, rows))
+    config = configs["one process"]
+    shapes = f"{config.name} model with {config.model.num_hidden_layers} layers, rows of {ROW_LENGTH}, sparse, "
+    shapes += f"{config.precision.dtype}; medians of {given.rounds} rounds of {given.steps - 1} steps"
+    print(report.heading("benchmarks.pipeline", shapes))
+    print("\nmilliseconds of a step; passes and their times: all ranks together")
+    heading = (
+        "layout", "rows", "step", "of one", "forward", "backward", "sums", "passes of one", "MB sent", "planned", "MiB"
+    )  # fmt: skip
+    print(report.table([heading, *(_costs(key, configs[key[0]], measured) for key in measured)]))
+    print("\nshare of the passes' time in which ranks compute nothing, mean over ranks")
+    staged = [key for key in measured if configs[key[0]].parallel.pipe > 1]
+    heading = ("layout", "rows", "measured", "simulated", "by FLOP", "order")
+    print(report.table([heading, *(_bubble(key, configs[key[0]], measured[key]) for key in staged)]))
+
+
+def _costs(
+    key: tuple[str, int], config: TrainConfig, measured: dict[tuple[str, int], list[list[Told]]]
+) -> tuple[str, ...]:
+    name, rows = key
+
+    def of(layout: str, part: str) -> float:
+        """Milliseconds, summed over ranks."""
+        by_step = [[rank[part][step] for rank in run] for run in measured[layout, rows] for step in range(_steps(run))]
+        return 1e3 * statistics.median(map(sum, by_step))
+
+    def step(layout: str) -> float:
+        return 1e3 * statistics.median(seconds for run in measured[layout, rows] for seconds in run[0]["step"])
+
+    parts = ("forward", "backward", "reduce")
+    # A process's parts are divided by its threads, which share the work of its two cores.
+    shares = 2 if name.endswith("threads") else 1
+    all_passes, of_one = (shares * sum(of(name, part) for part in parts), sum(of("one process", p) for p in parts))
+    sent = statistics.median(max(rank["sent"] for rank in run) for run in measured[key]) / 1e6
+    mib = statistics.median(max(rank["mib"] for rank in run) for run in measured[key])
+    times = [f"{shares * of(name, part):.0f}" for part in parts]
+    return (
+        name, f"{rows}", f"{step(name):.0f}", f"{step(name) / step('one process'):.2f}", *times,
+        f"{all_passes / of_one:.3f}", f"{sent:.2f}", f"{_planned_bytes(config, rows) / 1e6:.2f}", f"{mib:.0f}",
+    )  # fmt: skip
+
+
+def _planned_bytes(config: TrainConfig, rows: int) -> int:
+    """The most that a rank sends in streams and their gradients, in fp32."""
+    model, parallel = config.model, config.parallel
+    if parallel.pipe == 1:
+        return 0
+    orders = [training_order(parallel.schedule, parallel.pipe, rank, rows) for rank in range(parallel.pipe)]
+    stream_bytes = ROW_LENGTH * model.hc_mult * model.hidden_size * 4
+    return max(sends(order).total() for order in orders) * stream_bytes
+
+
+def _steps(run: list[Told]) -> int:
+    return len(run[0]["step"])
+
+
+def _bubble(key: tuple[str, int], config: TrainConfig, runs: Sequence[list[Told]]) -> tuple[str, ...]:
+    name, rows = key
+    by_step = [
+        [[Pass(**one) for one in rank["passes"][step]] for rank in run] for run in runs for step in range(_steps(run))
+    ]
+    pipe, schedule = config.parallel.pipe, config.parallel.schedule
+    orders = [training_order(schedule, pipe, rank, rows) for rank in range(pipe)]
+    firsts = sorted({one.layer for ranks in by_step for rank in ranks for one in rank})
+
+    def median(way: str, layer: int) -> float:
+        found = (one for ranks in by_step for rank in ranks for one in rank if (one.way, one.layer) == (way, layer))
+        return statistics.median(one.end - one.start for one in found)
+
+    ways = {way: tuple(median(way, layer) for layer in firsts) for way in ("forward", "backward")}
+    kept = all(
+        [(one.way, one.row, firsts.index(one.layer)) for one in done]
+        == [(action.way, action.row, action.chunk) for action in passes(order)]
+        for ranks in by_step
+        for done, order in zip(ranks, orders, strict=True)
+    )
+    row_plan = replace(_plan(0, rows), row_length=ROW_LENGTH)
+    planned = plan_pipe.play(config, row_plan, rows)
+    return (
+        name, f"{rows}", f"{statistics.median(map(_idle, by_step)):.1%}",
+        f"{simulate(orders, Profile(**ways)).bubble:.1%}", f"{planned.bubble:.1%}", "kept" if kept else "another",
+    )  # fmt: skip
+
+
+def _idle(ranks: Sequence[Sequence[Pass]]) -> float:
+    """Of one step."""
+    begin, end = min(one.start for rank in ranks for one in rank), max(one.end for rank in ranks for one in rank)
+    busy = sum(one.end - one.start for rank in ranks for one in rank)
+    return 1 - busy / (len(ranks) * (end - begin))
+
+
+def _measure(config: TrainConfig, steps: int, rows: int) -> list[Told]:
+    """What the ranks of a layout tell; each is a process of its own."""
+    context, size = multiprocessing.get_context("spawn"), config.parallel.mesh.size
+    with tempfile.TemporaryDirectory() as folder:
+        given = (Path(folder), config, steps, rows)
+        children = [context.Process(target=_rank, args=(rank, *given)) for rank in range(size)]
+        for child in children:
+            child.start()
+        for child in children:
+            child.join()
+        assert all(child.exitcode == 0 for child in children), config.parallel
+        return [json.loads((Path(folder) / f"{rank}.json").read_text()) for rank in range(size)]
+
+
+def _rank(rank: int, folder: Path, config: TrainConfig, steps: int, rows: int) -> None:
+    settled = settle(config)
+    place = Placement(rank=rank, size=config.parallel.mesh.size, local_rank=rank, address=f"file://{folder / 'meet'}")
+    world = start(config.parallel.mesh, place, settled)
+    built = build(config, SimpleNamespace(train=Rows(made=MadeUpRows(seed=1))), settled, world)  # pyrefly: ignore
+    passes_of_step, sent = _watch_passes(), _watch_sends()
+    before, told = _mib(), {name: [] for name in ("step", "forward", "backward", "reduce", "passes")}
+    for number in range(steps):
+        world.gather(None)
+        passes_of_step.clear()
+        sent[0] = 0
+        began = time.perf_counter()
+        result = train_step(built.parts, _plan(number, rows), lambda: False)
+        assert result is not None
+        if number:
+            told["step"].append(time.perf_counter() - began)
+            told["passes"].append(list(passes_of_step))
+            for part in ("forward", "backward", "reduce"):
+                told[part].append(getattr(result.seconds, part))
+    (folder / f"{rank}.json").write_text(json.dumps(told | {"sent": sent[0], "mib": _mib() - before}))
+    world.close()
+
+
+def _mib() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def _watch_passes() -> list[dict[str, Any]]:
+    """Where the passes of this rank's stage are noted from now on."""
+    noted: list[dict[str, Any]] = []
+
+    def timed(way: str, method: Callable[..., Any]) -> Callable[..., Any]:
+        def call(self: Learning, turn: int, layers: range, given: Any) -> Any:
+            begin = time.monotonic()
+            found = method(self, turn, layers, given)
+            noted.append({"way": way, "row": turn, "layer": layers.start, "start": begin, "end": time.monotonic()})
+            return found
+
+        return call
+
+    for way in ("forward", "backward"):
+        setattr(Learning, way, timed(way, getattr(Learning, way)))
+    return noted
+
+
+def _watch_sends() -> list[int]:
+    """[bytes] of floats that this rank sends to another by itself, from now on."""
+    total, send, batch = [0], dist.send, dist.batch_isend_irecv
+
+    def counted(tensor: Any, *given: Any, **named: Any) -> Any:
+        total[0] += tensor.nbytes * tensor.is_floating_point()
+        return send(tensor, *given, **named)
+
+    def batched(transfers: Any) -> Any:
+        gone = [one.tensor for one in transfers if one.op.__name__ == "isend" and one.tensor.is_floating_point()]
+        total[0] += sum(tensor.nbytes for tensor in gone)
+        return batch(transfers)
+
+    dist.send, dist.batch_isend_irecv = counted, batched
+    return total
+
+
+def _plan(number: int, rows: int) -> StepPlan:
+    return StepPlan(
+        step=number, tokens=0, rows=rows, row_length=ROW_LENGTH, segment=0, first_row=number * rows, rate=1e-3,
+        attention="sparse", mtp_weight=0.3,
+    )  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
