@@ -93,9 +93,7 @@ def run(
     monkeypatch.setattr(loop, "Guard", lambda parts, every_steps: diary)
     built = SimpleNamespace(
         plans=[SimpleNamespace(step=step, rows=1, attention="dense") for step in range(STEPS)],
-        parts=SimpleNamespace(
-            pool=None, world=ALONE, handout=SimpleNamespace(settle=lambda: None), pipeline=None
-        ),
+        parts=SimpleNamespace(pool=None, world=ALONE, handout=SimpleNamespace(settle=lambda: None), pipeline=None),
         config=SimpleNamespace(
             validation=ValidationConfig(every_steps=4),
             checkpoint=CheckpointConfig(every_steps=3),
