@@ -1,4 +1,4 @@
-"""Proves that layers shared out among ranks give the bits of one process, on both schedules, with data and expert ranks.
+"""Proves that layers shared out among ranks give the bits of one process, on both schedules, with data and experts.
 
 Compared are each loss of each row, the gradient's norm, the loads, every weight and the optimizer's state, by name.
 """
@@ -16,11 +16,13 @@ from model.init import initialize
 from model.names import tensors
 from model.transformer import Transformer
 from optim.config import OptimConfig
-from tests.dist import ranks
+from tests.dist import ranks, sessions
 from tests.dist.ranks import Case, Steps
 from tests.dist.test_parity import ids
 from tests.runs import tiny
+from trainer.config import ValidationConfig
 from trainer.parallel.mesh import Mesh
+from trainer.schedule_config import BatchConfig
 
 Alone = Callable[[Case], Steps]
 PIPE_2, PIPE_4 = Mesh(pipe=2), Mesh(pipe=4)
@@ -186,3 +188,26 @@ def test_a_model_of_some_layers_has_their_names_and_values() -> None:
             found[name] = tensor
     assert found.keys() == tensors(whole).keys()
     assert "embed.weight" in tensors(cut[2]), "the MTP branch embeds tokens, too"
+
+
+# whole runs
+
+
+@pytest.mark.slow
+def test_a_run_by_dualpipev(processes: BaseContext, corpus: Path, tmp_path: Path) -> None:
+    """Metrics, held-out losses of fewer rows than the schedule asks for, a sample, the last checkpoint."""
+    runs = []
+    for name, mesh, parallel in (("alone", Mesh(), {}), ("staged", PIPE_2, {"schedule": "dualpipev"})):
+        config = sessions.config(
+            corpus,
+            tmp_path / name,
+            mesh,
+            model=of_layers(4).changes["model"],
+            schedule=tiny.schedule(total_tokens=1700, batch=BatchConfig(tokens=240, start_tokens=240)),
+            validation=ValidationConfig(every_steps=3, rows=2),
+        )
+        config = replace(config, parallel=replace(config.parallel, **parallel))
+        session = sessions.Session(processes, config)
+        assert session.wait() == [0] * mesh.size, session.said()
+        runs.append(tiny.only_run(session.runs_dir))
+    tiny.assert_same_run(*runs)
