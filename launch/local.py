@@ -183,7 +183,8 @@ class Ranks:
             return 128 + self._asked if self._asked else self._code(first), None
         if self._ended[0] == USER_ERROR and 0 in [rank for rank, *_ in failed]:
             return USER_ERROR, None
-        agreed = together([rank for rank, *_ in failed], len(self._children), beats)
+        # Of those that agreed, some may not have ended before we ended them.
+        agreed = together({rank for rank, *_ in (*self._failed, *noted)}, len(self._children), beats)
         if agreed:
             whose = of_row(list(beats.values()), beats[0].row) if beats[0].row else []
             of = f"; that row is of {', '.join(one.name for one in whose)}" if whose else ""

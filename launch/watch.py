@@ -6,7 +6,7 @@ Only this machine's clock counts here, from the moment a beat was seen to change
 import shutil
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -108,7 +108,7 @@ def first_failure(failed: Sequence[tuple[int, int, float]], beats: Mapping[int, 
     return min(failed, key=order)[0]
 
 
-def together(failed: Sequence[int], size: int, beats: Mapping[int, Rank]) -> str:
+def together(failed: Collection[int], size: int, beats: Mapping[int, Rank]) -> str:
     """The error that all ranks have raised alike, "" where there is none: they have agreed on it."""
     notes = [beats[rank].failed if rank in beats else None for rank in failed]
     errors = {"" if note is None or note["follows"] else note["error"] for note in notes}

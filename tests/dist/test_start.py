@@ -41,7 +41,7 @@ from launch.main import main
 sys.exit(main())
 """
 OF_RANKS = "import sys; from launch.local import run; sys.exit(run([sys.executable, '-c', *sys.argv[1:]], 2))"
-BUG_NAMED = r"keel: rank 1 \(data 1, expert 1\) ended with 1 in step 2, row 2 of 2, passes: RuntimeError: a bug in the "
+BUG_NAMED = r"keel: rank 1 \(data 1, expert 1\) ended with 1 in step 7, row 2 of 3, passes: RuntimeError: a bug in the "
 Start = Callable[..., "subprocess.Popen[str]"]
 
 
