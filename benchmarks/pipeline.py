@@ -1,6 +1,6 @@
 """What do stages cost beside one process at equal work, and is the bubble the one that the schedule has?
 
-    python -m benchmarks.pipeline [--rounds N] [--steps N] [--rows N ...] [KEY=VALUE ...]
+    python -m benchmarks.pipeline [KEY=VALUE ...] [--rounds N] [--steps N] [--rows N ...]
 
 The debug model with 8 layers (or the overrides') over made-up rows, sparse attention: one process with one thread and
 with two, two data ranks, two pipe ranks on both schedules; every rank has one core. Every round runs all of them in
@@ -44,6 +44,7 @@ from trainer.parallel.simulate import Profile, sends, simulate
 from trainer.parallel.world import start
 from trainer.parity.scale import MadeUpRows
 from trainer.passes import Learning
+from trainer.plan_rows import stream_bytes
 from trainer.schedule import StepPlan
 from trainer.step import train_step
 
@@ -127,13 +128,12 @@ def _costs(
 
 
 def _planned_bytes(config: TrainConfig, rows: int) -> int:
-    """The most that a rank sends in streams and their gradients, in fp32."""
-    model, parallel = config.model, config.parallel
+    """The most that a rank sends in streams and their gradients."""
+    parallel = config.parallel
     if parallel.pipe == 1:
         return 0
     orders = [training_order(parallel.schedule, parallel.pipe, rank, rows) for rank in range(parallel.pipe)]
-    stream_bytes = ROW_LENGTH * model.hc_mult * model.hidden_size * 4
-    return max(sends(order).total() for order in orders) * stream_bytes
+    return max(sends(order).total() for order in orders) * stream_bytes(config, ROW_LENGTH)
 
 
 def _steps(run: list[Told]) -> int:

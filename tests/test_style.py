@@ -5,6 +5,7 @@ import functools
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import fields
+from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
@@ -177,3 +178,11 @@ def test_groups_are_fields_of_the_configuration() -> None:
 def test_every_test_folder_is_a_package() -> None:
     folders = {path.parent for path in (ROOT / "tests").rglob("test_*.py")}
     assert all((folder / "__init__.py").exists() for folder in folders)
+
+
+def test_every_folder_of_tests_is_collected(pytestconfig: pytest.Config) -> None:
+    """pytest leaves out folders by name, without a word: `dist` is on its own list."""
+    folders = {path.parent.name for path in (ROOT / "tests").rglob("test_*.py")}
+    left_out = [name for name in folders for rule in pytestconfig.getini("norecursedirs") if fnmatch(name, rule)]
+    assert "dist" in folders
+    assert left_out == []
