@@ -20,10 +20,11 @@ def keep_fault(built: Built, run_folder: RunFolder, fault: Fault, facts: Mapping
     world = built.parts.world
     if not world.is_first:
         return
-    if world.expert.size == 1:
+    if world.expert.size == world.mesh.pipe == 1:
         kept = crash.keep(built, run_folder, fault, facts)
     else:
-        trouble = f"the experts are shared out over {world.expert.size} ranks; parallel.expert=1 keeps it"
+        what, key, size = ("layers", "pipe", world.mesh.pipe) if world.mesh.pipe > 1 else ("experts", "expert", 0)
+        trouble = f"the {what} are shared out over {size or world.expert.size} ranks; parallel.{key}=1 keeps it"
         kept = Kept(line=str(NonFinite(fault)), path=None, trouble=trouble)
     run_folder.end(f"NonFinite: {kept.line}", run_folder.done)
     print(f"keel: error: {kept.line}", file=sys.stderr)

@@ -19,6 +19,7 @@ from tests.dist.ranks import Case, Plant, Steps
 from tests.dist.sessions import Session
 from tests.runs import tiny
 from trainer import loop, step
+from trainer import row as rows
 from trainer.folder import RunFolder
 from trainer.parallel.mesh import Mesh
 from trainer.parallel.world import ALONE, World, start
@@ -219,11 +220,11 @@ def shown(error: str) -> str:
 
 def bad_losses_of_rank_1(patch: pytest.MonkeyPatch) -> None:
     """In step 7, which has three rows."""
-    take, learn = loop.train_step, step.learn
+    take, sums = loop.train_step, rows.sums
 
     def take_spoiled(parts: Parts, plan: StepPlan, *rest: Any, **options: Any) -> StepResult | None:
         if plan.step + 1 == 7 and parts.world.rank == 1:
-            patch.setattr(step, "learn", lambda *given: replace(learn(*given), lm=BAD))
+            patch.setattr(rows, "sums", lambda *given: replace(sums(*given), lm=BAD))
         return take(parts, plan, *rest, **options)
 
     patch.setattr(loop, "train_step", take_spoiled)
@@ -231,7 +232,11 @@ def bad_losses_of_rank_1(patch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize(
     "mesh",
-    [Mesh(data=2, expert=2, owners=2), pytest.param(Mesh(data=3, owners=3), marks=pytest.mark.slow)],
+    [
+        Mesh(data=2, expert=2, owners=2),
+        pytest.param(Mesh(data=3, owners=3), marks=pytest.mark.slow),
+        pytest.param(Mesh(pipe=2, data=2, owners=2), marks=pytest.mark.slow),
+    ],
     ids=sessions.name,
 )
 def test_a_run_ends_on_all_ranks_and_goes_on_with_others(
