@@ -160,7 +160,7 @@ def _rank(rank: int, folder: Path, config: TrainConfig, layout: Layout, steps: i
     for number in range(steps):
         world.gather(None)
         began = time.perf_counter()
-        result = train_step(built.parts, _plan(number, rows), lambda: False)
+        result = train_step(built.parts, plan_of(number, rows), lambda: False)
         assert result is not None
         if number:
             told["step"].append(time.perf_counter() - began)
@@ -187,7 +187,8 @@ def _checkpoint(built: Any, world: Any, folder: Path) -> dict[str, list[float]]:
     return {"stall": [times[1][0]], "save": [times[1][1]]}
 
 
-def _plan(number: int, rows: int) -> StepPlan:
+def plan_of(number: int, rows: int) -> StepPlan:
+    """Step `number` of so many rows, all trained, attention sparse."""
     return StepPlan(
         step=number, tokens=0, rows=rows, row_length=ROW_LENGTH, segment=0, first_row=number * rows, rate=1e-3,
         attention="sparse", mtp_weight=0.3,

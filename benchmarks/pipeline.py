@@ -23,7 +23,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -31,7 +31,7 @@ from typing import Any
 import torch.distributed as dist
 
 from benchmarks import report
-from benchmarks.parallel import ROW_LENGTH, Rows
+from benchmarks.parallel import ROW_LENGTH, Rows, plan_of
 from launch import device
 from launch.compose import compose
 from trainer import plan_pipe
@@ -45,7 +45,6 @@ from trainer.parallel.world import start
 from trainer.parity.scale import MadeUpRows
 from trainer.passes import Learning
 from trainer.plan_rows import stream_bytes
-from trainer.schedule import StepPlan
 from trainer.step import train_step
 
 DEEP = ("model.num_hidden_layers=8", "model.compress_ratios=[4,32,0,4,32,4,0,32,0]")
@@ -160,8 +159,7 @@ def _bubble(key: tuple[str, int], config: TrainConfig, runs: Sequence[list[Told]
         for ranks in by_step
         for done, order in zip(ranks, orders, strict=True)
     )
-    row_plan = replace(_plan(0, rows), row_length=ROW_LENGTH)
-    planned = plan_pipe.play(config, row_plan, rows)
+    planned = plan_pipe.play(config, plan_of(0, rows), rows)
     return (
         name, f"{rows}", f"{statistics.median(map(_idle, by_step)):.1%}",
         f"{simulate(orders, Profile(**ways)).bubble:.1%}", f"{planned.bubble:.1%}", "kept" if kept else "another",
@@ -201,7 +199,7 @@ def _rank(rank: int, folder: Path, config: TrainConfig, steps: int, rows: int) -
         passes_of_step.clear()
         sent[0] = 0
         began = time.perf_counter()
-        result = train_step(built.parts, _plan(number, rows), lambda: False)
+        result = train_step(built.parts, plan_of(number, rows), lambda: False)
         assert result is not None
         if number:
             told["step"].append(time.perf_counter() - began)
@@ -249,13 +247,6 @@ def _watch_sends() -> list[int]:
 
     dist.send, dist.batch_isend_irecv = counted, batched
     return total
-
-
-def _plan(number: int, rows: int) -> StepPlan:
-    return StepPlan(
-        step=number, tokens=0, rows=rows, row_length=ROW_LENGTH, segment=0, first_row=number * rows, rate=1e-3,
-        attention="sparse", mtp_weight=0.3,
-    )  # fmt: skip
 
 
 if __name__ == "__main__":
