@@ -21,7 +21,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
@@ -34,13 +34,19 @@ from trainer import ranks
 from trainer.folder import RunFolder
 from trainer.parallel.mesh import Mesh
 
-LAYOUTS = ("parallel.data=2", "parallel.data=4 parallel.expert=2", "parallel.pipe=2", "parallel.pipe=2 parallel.data=2")
+LAYOUTS = (
+    "parallel.data=2", "parallel.data=4 parallel.expert=2", "parallel.pipe=2", "parallel.pipe=2 parallel.data=2",
+    "parallel.pipe=4",
+)  # fmt: skip
 HANGS_S = 120.0
 """A try that has not ended after so long counts as a hang."""
 PATIENCE = "patience_s=5"
 STEPS, START_S = 8, 6.0
 SLOW_TOKENS = "schedule.total_tokens=7000"
 INSTANTS = ("kill", "stop")
+DEEP = {"num_hidden_layers": 4, "compress_ratios": (4, 8, 4, 8, 0)}
+"""Sizes of the model where there are middle stages."""
+REFUSED = 2
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -84,6 +90,7 @@ def main() -> None:
         tries = [Try(**json.loads(line)) for line in given.file.read_text().splitlines()]
     print(report.heading("benchmarks.failures", f"{len(tries)} tries, {PATIENCE}"))
     print(table(tries))
+    print(f"\n{by_role(tries)}")
 
 
 def take(corpus: Path, folder: Path, layout: str, fault: str, draw: random.Random) -> Try:
@@ -96,11 +103,13 @@ def take(corpus: Path, folder: Path, layout: str, fault: str, draw: random.Rando
     if fault in INSTANTS and draw.random() < 0.5:
         plan["after_s"] = draw.uniform(0.0, START_S)
     more = [SLOW_TOKENS] if fault == "slow" else []
-    words = tiny.words(sessions.config(corpus, folder / "runs", Mesh()))
+    model = tiny.model(**(DEEP if mesh.pipe > 2 else {}))
+    words = tiny.words(sessions.config(corpus, folder / "runs", Mesh(), model=model))
     # Enough rows that every data rank has one in every step.
     words += ["schedule.batch.start_tokens=128", "schedule.batch.tokens=192", "schedule.total_tokens=1400"]
     words += [*layout.split(), PATIENCE, f"restarts={restarts}", *more]
     code, said, cause_at = run(plan, words, folder)
+    assert code != REFUSED, said
     told = folder / "told"
     happened = float(told.read_text()) if told.exists() else None
     runs = list((folder / "runs").glob("[!.]*"))
@@ -161,6 +170,19 @@ def mesh_of(layout: str) -> Mesh:
     return Mesh(**sizes)
 
 
+def roles(layout: str, place: str) -> list[str]:
+    """What the ranks of a try's place are for, by its coordinates."""
+    mesh = mesh_of(layout)
+    at = {axis: int(index) for axis, index in re.findall(r"(\w+) (\d+)", place)}
+    found = []
+    if mesh.pipe > 1:
+        stage = at["pipe"]
+        found += ["first stage" if stage == 0 else "last stage" if stage == mesh.pipe - 1 else "middle stage"]
+    if mesh.expert > 1:
+        found += ["expert owner"]
+    return found or ["data rank"]
+
+
 def summary(one: Try) -> str:
     """A line about a try; all that was said where it went wrong."""
     seconds = "no fault" if one.seconds is None else f"{one.seconds:.1f} s"
@@ -172,16 +194,32 @@ def summary(one: Try) -> str:
 
 def table(tries: Sequence[Try]) -> str:
     """Counts by layout and fault."""
-    head = ("layout", "fault", "tries", "came", "named", "hangs", "seconds", "most", "restarted", "whole")
+    groups: dict[tuple[str, ...], list[Try]] = {}
+    for one in tries:
+        groups.setdefault((one.layout.replace("parallel.", ""), one.fault), []).append(one)
+    return counts(("layout", "fault"), groups)
+
+
+def by_role(tries: Sequence[Try]) -> str:
+    """Counts by what the rank at fault was for, and fault: a rank with two roles is in both."""
+    groups: dict[tuple[str, ...], list[Try]] = {}
+    for one in tries:
+        for role in roles(one.layout, one.place):
+            groups.setdefault((role, one.fault), []).append(one)
+    return counts(("role", "fault"), dict(sorted(groups.items())))
+
+
+def counts(keys: tuple[str, ...], groups: Mapping[tuple[str, ...], Sequence[Try]]) -> str:
+    """A table with a row for each group of tries."""
+    head = (*keys, "tries", "came", "named", "hangs", "seconds", "most", "restarted", "whole")
     rows = []
-    for layout, fault in dict.fromkeys((one.layout, one.fault) for one in tries):
-        group = [one for one in tries if (one.layout, one.fault) == (layout, fault)]
+    for key, group in groups.items():
         came = [one for one in group if one.seconds is not None]
         seconds = sorted(one.seconds for one in came if one.seconds is not None)
         again = [one for one in came if one.restarts]
         rows.append(
             (
-                layout.replace("parallel.", ""), fault, f"{len(group)}", f"{len(came)}",
+                *key, f"{len(group)}", f"{len(came)}",
                 f"{sum(one.named for one in came)}", f"{sum(one.hung for one in group)}",
                 f"{median(seconds):.1f}" if seconds else "", f"{max(seconds):.1f}" if seconds else "",
                 f"{len(again)}", f"{sum(one.whole for one in again)}",

@@ -16,4 +16,6 @@ if __name__ == "__main__":
     world = start(parallel.mesh, place, torch.device("cpu"))
     assert world.gather((place.rank, place.local_rank)) == [(rank, rank) for rank in range(place.size)]
     world.close()
-    print(f"rank {place.rank} has met {place.size}", flush=True)
+    # One write, newline and all: what two ranks print must not mix within a line.
+    sys.stdout.write(f"rank {place.rank} has met {place.size}\n")
+    sys.stdout.flush()
