@@ -28,6 +28,7 @@ from statistics import median
 
 from benchmarks import report
 from benchmarks.faults import FAULTS
+from tests.dist import ranks as ranks_of_tests
 from tests.dist import sessions
 from tests.runs import tiny
 from trainer import ranks
@@ -103,7 +104,7 @@ def take(corpus: Path, folder: Path, layout: str, fault: str, draw: random.Rando
     if fault in INSTANTS and draw.random() < 0.5:
         plan["after_s"] = draw.uniform(0.0, START_S)
     more = [SLOW_TOKENS] if fault == "slow" else []
-    model = tiny.model(**(DEEP if mesh.pipe > 2 else {}))
+    model = ranks_of_tests.model(**(DEEP if mesh.pipe > 2 else {}))
     words = tiny.words(sessions.config(corpus, folder / "runs", Mesh(), model=model))
     # Enough rows that every data rank has one in every step.
     words += ["schedule.batch.start_tokens=128", "schedule.batch.tokens=192", "schedule.total_tokens=1400"]
