@@ -15,10 +15,11 @@ from model.count_decode import cache_bytes
 from model.efficiency import Cost, contexts, v4_cost, v32_cost
 from model.inventory import TensorSpec, file_tensors, released_tensors
 from trainer import schedule
-from trainer.config import Precision, TrainConfig
+from trainer.config import TrainConfig
 from trainer.parallel.simulate import Profile
 from trainer.plan_memory import DTYPE_BYTES
 from trainer.plan_parallel import Layout, layout
+from trainer.precision.config import Precision
 from trainer.schedule import StepPlan
 from trainer.schedule_config import ScheduleConfig
 

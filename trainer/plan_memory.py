@@ -15,8 +15,9 @@ from model.logical import locate, parameter_shapes
 from optim.groups import Member
 from optim.iterations import BATCH_ELEMENTS
 from optim.zero import shape_of
-from trainer.config import Precision, TrainConfig
+from trainer.config import TrainConfig
 from trainer.parallel.stages import Part
+from trainer.precision.config import Precision
 
 DTYPE_BYTES: dict[Precision, int] = {"fp64": 8, "fp32": 4, "bf16": 2}
 FP32_BYTES = 4

@@ -18,12 +18,13 @@ from tests.model.test_count_memory import make_row
 from tests.trainer import silent
 from tests.trainer.peak import Peak
 from trainer import plan_memory, plan_rows, row
-from trainer.config import Precision, TrainConfig
+from trainer.config import TrainConfig
 from trainer.parallel import stages
 from trainer.parallel.expert import RowExperts, leaves
 from trainer.parallel.stages import Part
 from trainer.plan import plan
 from trainer.plan_memory import Memory
+from trainer.precision.config import Precision
 from trainer.step import Parts, learn, train_only
 
 LAYOUTS = ([], ["parallel.data=3"], ["parallel.data=2", "parallel.expert=2"], ["parallel.data=4", "parallel.expert=2"],

@@ -1,0 +1,138 @@
+"""Which parameter has which formats: a recipe of rules, resolved for a model at a number of tokens."""
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
+from fnmatch import fnmatchcase
+from functools import cached_property
+
+from model.config import ModelConfig, require
+from model.inventory import released_tensors
+from model.logical import locate
+from trainer.precision.config import THEN, PrecisionConfig, RuleConfig
+from trainer.precision.elements import Format
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Formats:
+    """Of one parameter and the operands of its three products; None, or no format: the run's type.
+
+    weight: what the master is rounded to, one after the other. See `RuleConfig`.
+    """
+
+    rule: str = ""
+    weight: tuple[Format, ...] = ()
+    input: Format | None = None
+    grad: Format | None = None
+    wgrad_input: Format | None = None
+    wgrad_grad: Format | None = None
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether nothing has a format."""
+        return not self.weight and self.has_plain_products
+
+    @property
+    def has_plain_products(self) -> bool:
+        """Whether no operand but the weight has a format."""
+        return all(one is None for one in (self.input, self.grad, self.wgrad_input, self.wgrad_grad))
+
+    def describe(self) -> str:
+        """The operands of the three products, in a line."""
+        weight = THEN.join(one.name for one in self.weight) or "-"
+        names = (one.name if one else "-" for one in (self.input, self.grad, self.wgrad_input, self.wgrad_grad))
+        return "  ".join((weight, *names))
+
+
+PLAIN = Formats()
+
+
+class Recipe:
+    """The rules of a run and what they say of each parameter of its model.
+
+    Raises ValueError for a rule that names no parameter, or one that is computed in a higher type by the model's
+    definition and can have no format.
+    """
+
+    def __init__(self, config: PrecisionConfig, model: ModelConfig) -> None:
+        self._config = config
+        self._able = dict(_parameters(model))
+        self._named = {name: self._names(name, rule) for name, rule in config.rules.items()}
+
+    @cached_property
+    def stages(self) -> tuple[int, ...]:
+        """The numbers of tokens from which on other formats hold, 0 first."""
+        return tuple(sorted({0, *(rule.from_tokens for rule in self._config.rules.values())}))
+
+    def stage(self, tokens: int) -> int:
+        """The stage, as its first number of tokens, of a step that begins after `tokens`."""
+        return max(start for start in self.stages if start <= tokens)
+
+    def at(self, tokens: int) -> Mapping[str, Formats]:
+        """By parameter, all of the model's, what holds in a step that begins after `tokens`."""
+        found = dict.fromkeys(self._able, PLAIN)
+        for name, rule in self._config.rules.items():
+            if rule.from_tokens <= tokens:
+                found |= dict.fromkeys(self._named[name], self._formats(name, rule))
+        return found
+
+    def ever(self) -> set[str]:
+        """The parameters that have a format at some time."""
+        return {name for start in self.stages for name, formats in self.at(start).items() if not formats.is_plain}
+
+    def hash(self) -> str:
+        """Of all that the recipe says; the same where the same bits come out."""
+        said = {
+            start: {name: asdict(one) | {"rule": ""} for name, one in self.at(start).items()} for start in self.stages
+        }
+        return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()[:16]
+
+    def table(self) -> str:
+        """Parameters by kind, without the numbers of layers, and their formats, stage by stage."""
+        head = ("parameters", "rule", "weight", "input", "grad", "wgrad_input", "wgrad_grad")
+        lines = []
+        for start in self.stages:
+            lines += [f"from {start:,} tokens on:"] if len(self.stages) > 1 else []
+            rows = [head, *self._rows(self.at(start))]
+            widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+            lines += ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
+        return "\n".join([*lines, f"recipe {self.hash()}"])
+
+    def _rows(self, table: Mapping[str, Formats]) -> Iterator[tuple[str, ...]]:
+        kinds: dict[tuple[str, Formats], None] = {}
+        for name, formats in table.items():
+            kinds[re.sub(r"^layers\.\d+\.", "layers.*.", name), formats] = None
+        for name, formats in kinds:
+            yield name, formats.rule or "-", *formats.describe().split("  ")
+
+    def _names(self, name: str, rule: RuleConfig) -> list[str]:
+        found = [parameter for parameter in self._able if any(fnmatchcase(parameter, glob) for glob in rule.parameters)]
+        key = f"precision.rules.{name}.parameters"
+        require(bool(found), key, list(rule.parameters), "names of this model's parameters; none matches")
+        if not self._formats(name, rule).is_plain:
+            unable = next((parameter for parameter in found if not self._able[parameter]), None)
+            expected = f"no {unable}, which is stored and computed in bf16 or fp32 (spec 7.2)"
+            require(unable is None, key, list(rule.parameters), expected)
+        return found
+
+    def _formats(self, name: str, rule: RuleConfig) -> Formats:
+        of = self._config.format
+        chain = [one for part in rule.weight.split(THEN) if (one := of(part))]
+        weight = (*chain[:1], *(replace(one, floor=0.0) for one in chain[1:]))
+        return Formats(
+            rule=name,
+            weight=weight,
+            input=of(rule.input),
+            grad=of(rule.grad),
+            wgrad_input=of(rule.wgrad_input),
+            wgrad_grad=of(rule.wgrad_grad),
+        )
+
+
+def _parameters(model: ModelConfig) -> Iterator[tuple[str, bool]]:
+    """Every parameter, and whether it may have a format: where the released checkpoint has one."""
+    for spec in released_tensors(model, experts=1):
+        if spec.kind != "buffer":
+            yield locate(spec.name).parameter, spec.stored in ("F8_E4M3", "FP4")
