@@ -1,18 +1,8 @@
 """Proves that the benchmarks for a GPU run from end to end, on a CPU with tiny sizes and interpreted kernels."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 
-from tests.conftest import ROOT
-
-
-def run(module: str, *words: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", f"benchmarks.{module}", *words]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+from tests.benchmarks.programs import run
 
 
 @pytest.mark.slow
