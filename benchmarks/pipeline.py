@@ -12,7 +12,11 @@ last in which it computes nothing: "measured" from the passes' own clocks, "simu
 from the median times of each chunk's passes, with free transfers; "by FLOP" is what `keel plan` says from the
 configuration alone. "order": whether the passes came in the order of `trainer.parallel.orders`. "MB sent": the most
 that a rank handed to its neighbours in a step, in streams and their gradients, "planned": as `keel plan` counts them.
-"MiB": the most memory of a rank beyond what it had after building.
+"MiB": by how much the process of a rank grew after building, at most.
+
+The memory of a rank's tensors, those held throughout and the most at a time in a step, stands beside what `keel plan`
+says. Every storage is followed for it from the first of the model on, which takes time: in processes of their own,
+once. What runs on several threads is left out, for a plan counts one row at a time.
 """
 
 import argparse
@@ -34,16 +38,18 @@ from benchmarks import report
 from benchmarks.parallel import ROW_LENGTH, Rows, plan_of
 from launch import device
 from launch.compose import compose
+from tests.trainer.peak import Peak
 from trainer import plan_pipe
-from trainer.build import build
+from trainer.build import Built, build
 from trainer.config import TrainConfig
 from trainer.device import settle
 from trainer.parallel.orders import passes, training_order
 from trainer.parallel.placement import Placement
 from trainer.parallel.simulate import Profile, sends, simulate
-from trainer.parallel.world import start
+from trainer.parallel.world import World, start
 from trainer.parity.scale import MadeUpRows
 from trainer.passes import Learning
+from trainer.plan_parallel import layout
 from trainer.plan_rows import stream_bytes
 from trainer.step import train_step
 
@@ -56,6 +62,8 @@ LAYOUTS = {
     "pipe 2, dualpipev": "threads=1 parallel.pipe=2 parallel.schedule=dualpipev",
 }
 Told = dict[str, Any]
+Key = tuple[str, int]
+"""A layout's name and the rows of a step."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -84,7 +92,7 @@ def main() -> None:
     measured = {(name, rows): list[list[Told]]() for rows in given.rows for name in configs}
     for _ in range(given.rounds):
         for name, rows in measured:
-            measured[name, rows].append(_measure(configs[name], given.steps, rows))
+            measured[name, rows].append(_told(_steps_of_rank, configs[name], given.steps, rows))
     config = configs["one process"]
     shapes = f"{config.name} model with {config.model.num_hidden_layers} layers, rows of {ROW_LENGTH}, sparse, "
     shapes += f"{config.precision.dtype}; medians of {given.rounds} rounds of {given.steps - 1} steps"
@@ -98,11 +106,26 @@ def main() -> None:
     staged = [key for key in measured if configs[key[0]].parallel.pipe > 1]
     heading = ("layout", "rows", "measured", "simulated", "by FLOP", "order")
     print(report.table([heading, *(_bubble(key, configs[key[0]], measured[key]) for key in staged)]))
+    print("\nMiB of a rank's tensors")
+    heading = ("layout", "rows", "rank", "held", "planned held", "most", "planned most", "of plan")
+    alone = [(key, configs[key[0]]) for key in measured if configs[key[0]].threads == 1]
+    print(report.table([heading, *(row for key, config in alone for row in _memory(key, config))]))
 
 
-def _costs(
-    key: tuple[str, int], config: TrainConfig, measured: dict[tuple[str, int], list[list[Told]]]
-) -> tuple[str, ...]:
+def _memory(key: Key, config: TrainConfig) -> list[tuple[str, ...]]:
+    """By rank."""
+    name, rows = key
+    planned, found = layout(config, [plan_of(0, rows)]), _told(_memory_of_rank, config, rows)
+    cells = []
+    for rank, told in enumerate(found):
+        memory = planned.role_of(rank).memory
+        sizes = (told["held"], memory.held, told["most"], memory.total)
+        mib = (f"{size / (1 << 20):.1f}" for size in sizes)
+        cells.append((name, f"{rows}", f"{rank}", *mib, f"{told['most'] / memory.total:.3f}"))
+    return cells
+
+
+def _costs(key: Key, config: TrainConfig, measured: dict[Key, list[list[Told]]]) -> tuple[str, ...]:
     name, rows = key
 
     def of(layout: str, part: str) -> float:
@@ -139,7 +162,7 @@ def _steps(run: list[Told]) -> int:
     return len(run[0]["step"])
 
 
-def _bubble(key: tuple[str, int], config: TrainConfig, runs: Sequence[list[Told]]) -> tuple[str, ...]:
+def _bubble(key: Key, config: TrainConfig, runs: Sequence[list[Told]]) -> tuple[str, ...]:
     name, rows = key
     by_step = [
         [[Pass(**one) for one in rank["passes"][step]] for rank in run] for run in runs for step in range(_steps(run))
@@ -173,12 +196,11 @@ def _idle(ranks: Sequence[Sequence[Pass]]) -> float:
     return 1 - busy / (len(ranks) * (end - begin))
 
 
-def _measure(config: TrainConfig, steps: int, rows: int) -> list[Told]:
-    """What the ranks of a layout tell; each is a process of its own."""
+def _told(target: Callable[..., None], config: TrainConfig, *given: int) -> list[Told]:
+    """What the ranks of a layout tell by `target(rank, folder, config, *given)`; each is a process of its own."""
     context, size = multiprocessing.get_context("spawn"), config.parallel.mesh.size
     with tempfile.TemporaryDirectory() as folder:
-        given = (Path(folder), config, steps, rows)
-        children = [context.Process(target=_rank, args=(rank, *given)) for rank in range(size)]
+        children = [context.Process(target=target, args=(rank, Path(folder), config, *given)) for rank in range(size)]
         for child in children:
             child.start()
         for child in children:
@@ -187,11 +209,29 @@ def _measure(config: TrainConfig, steps: int, rows: int) -> list[Told]:
         return [json.loads((Path(folder) / f"{rank}.json").read_text()) for rank in range(size)]
 
 
-def _rank(rank: int, folder: Path, config: TrainConfig, steps: int, rows: int) -> None:
-    settled = settle(config)
+def _world(rank: int, folder: Path, config: TrainConfig) -> World:
     place = Placement(rank=rank, size=config.parallel.mesh.size, local_rank=rank, address=f"file://{folder / 'meet'}")
-    world = start(config.parallel.mesh, place, settled)
-    built = build(config, SimpleNamespace(train=Rows(made=MadeUpRows(seed=1))), settled, world)  # pyrefly: ignore
+    return start(config.parallel.mesh, place, settle(config))
+
+
+def _built(config: TrainConfig, world: World) -> Built:
+    data = SimpleNamespace(train=Rows(made=MadeUpRows(seed=1)))
+    return build(config, data, settle(config), world)  # pyrefly: ignore
+
+
+def _memory_of_rank(rank: int, folder: Path, config: TrainConfig, rows: int) -> None:
+    world = _world(rank, folder, config)
+    with Peak() as peak:
+        built = _built(config, world)
+        held, peak.peak = peak.alive_bytes(), 0
+        train_step(built.parts, plan_of(0, rows), lambda: False)
+    (folder / f"{rank}.json").write_text(json.dumps({"held": held, "most": peak.peak}))
+    world.close()
+
+
+def _steps_of_rank(rank: int, folder: Path, config: TrainConfig, steps: int, rows: int) -> None:
+    world = _world(rank, folder, config)
+    built = _built(config, world)
     passes_of_step, sent = _watch_passes(), _watch_sends()
     before, told = _mib(), {name: [] for name in ("step", "forward", "backward", "reduce", "passes")}
     for number in range(steps):
