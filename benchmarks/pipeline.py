@@ -82,13 +82,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=4)
-    parser.add_argument("--rows", type=int, nargs="*", default=[8, 16])
+    parser.add_argument("--rows", type=int, nargs="+", default=[8, 16])
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
     given = parser.parse_args()
     device.prepare("cpu")
     configs = {
         name: compose(["device=cpu", *DEEP, *words.split(), *given.overrides]).config for name, words in LAYOUTS.items()
     }
+    least = max(of.parallel.chunks * of.parallel.data for of in configs.values() if of.parallel.schedule == "dualpipev")
+    if min(given.rows) < least:
+        parser.error(f"--rows = {min(given.rows)}: expected at least {least}, so that DualPipeV has enough")
     measured = {(name, rows): list[list[Told]]() for rows in given.rows for name in configs}
     for _ in range(given.rounds):
         for name, rows in measured:

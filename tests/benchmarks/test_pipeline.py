@@ -20,3 +20,9 @@ def test_runs_and_finds_what_is_planned() -> None:
     for row in memory:
         assert float(row["held"]) == pytest.approx(float(row["planned held"]), rel=0.02)
         assert float(row["most"]) == pytest.approx(float(row["planned most"]), rel=0.02)
+
+
+def test_fewer_rows_than_dualpipev_takes_are_refused() -> None:
+    done = run("pipeline", "--rows", "4", "3")
+    assert done.returncode == 2
+    assert done.stderr.endswith("error: --rows = 3: expected at least 4, so that DualPipeV has enough\n")

@@ -34,6 +34,10 @@ IMPOSSIBLE = {
         "parallel.schedule = dualpipev: expected 1f1b, or twice parallel.pipe=2 rows on each of parallel.data=2 ranks; "
         "step 1 has 7 rows in all"
     ),
+    "model=small parallel=pipe2 parallel.schedule=dualpipev schedule.indexer_warmup_batch_tokens=1536": (
+        "parallel.schedule = dualpipev: expected 1f1b, or twice parallel.pipe=2 rows on each of parallel.data=1 ranks; "
+        "step 46 has 3 rows in all"
+    ),
     "parallel.context=4": "parallel.context = 4: expected 1: larger sizes are not there yet",
     "parallel.pipe=0": "parallel.pipe = 0: expected a positive number of ranks",
     "parallel.data=-1": "parallel.data = -1: expected a positive number of ranks",
