@@ -5,7 +5,8 @@ Source: OCP Microscaling Formats 1.0 (E8M0), the released code's casts (spec 7.2
 rounded to fp32 first, bf16 is exact in it.
 
 No finite number saturates: the scale follows the largest of its block. A block with an infinity or a NaN has the scale
-E8M0 calls NaN (255), so that all of it decodes to NaN: it is seen in the next loss, and nothing is silently cut off.
+E8M0 calls NaN (255) and codes of ones only, so that all of it decodes to NaN: it is seen in the next loss, and nothing
+is silently cut off.
 """
 
 from dataclasses import dataclass
@@ -22,8 +23,11 @@ NAN_EXPONENT = 255
 BIAS = 127
 MANTISSA_BITS = 23
 MANTISSA = (1 << MANTISSA_BITS) - 1
+SIZE = (1 << 31) - 1
+"""All bits of a number but its sign."""
+ONE, SIX = 0x3F800000, 0x40C00000
+"""Bits of 1 and 6 in fp32."""
 SIGN_E2M1 = 8
-SIGN_E4M3 = 128
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -39,19 +43,22 @@ class Coded:
 
 def encode(x: Tensor, format: Format) -> Coded:
     """Codes and scales of x [..., rows, columns]; x of one dim is one row. Blocks at the borders may be cut."""
+    x = x.detach().float()
     return _encode_at(x, format, exponents(x, format))
 
 
 def encode_at(x: Tensor, format: Format, exponent: Tensor) -> Coded:
-    """`encode` with these scales; what is too large for one saturates."""
-    return _encode_at(x, format, exponent)
+    """`encode` with these scales; a finite number too large for its own saturates."""
+    x = x.detach().float()
+    return _encode_at(x, format, torch.where(block_amax(x, format.block).isfinite(), exponent, NAN_EXPONENT))
 
 
 def decode(coded: Coded, format: Format, dtype: torch.dtype = torch.float32) -> Tensor:
     """The numbers of codes; exact in fp32 and, while their exponents are bf16's, in bf16."""
-    table = _table(format.element, coded.codes.device)
-    flat = table.index_select(0, coded.codes.flatten().int()).view(coded.codes.shape)
-    return scaled(flat, scales(coded.exponents), format.block).to(dtype)
+    exact = dtype if dtype == torch.bfloat16 else torch.float32
+    table = _table(format.element, exact, coded.codes.device)
+    flat = table.index_select(0, coded.codes.flatten().long()).view(coded.codes.shape)
+    return _scaled(flat, scales(coded.exponents).to(exact), format.block).to(dtype)
 
 
 def rounded(x: Tensor, format: Format) -> Tensor:
@@ -81,13 +88,12 @@ def scales(exponent: Tensor) -> Tensor:
 
 def block_amax(x: Tensor, block: tuple[int, int]) -> Tensor:
     """The largest magnitude of each block, fp32; NaN where there is one."""
-    return _blocks(x.to(torch.float32) if x.dtype == torch.float64 else x, block).abs().amax((-3, -1)).float()
+    return _blocks(x.float(), block).abs().amax((-3, -1))
 
 
 def scaled(x: Tensor, scale: Tensor, block: tuple[int, int]) -> Tensor:
     """x times the scale of its block, fp32."""
-    blocks = _blocks(x.float(), block) * scale.unsqueeze(-2).unsqueeze(-1)
-    return _joined(blocks, x.shape)
+    return _scaled(x.float(), scale, block)
 
 
 def pack(codes: Tensor) -> Tensor:
@@ -103,28 +109,51 @@ def unpack(packed: Tensor, columns: int) -> Tensor:
 
 
 def _encode_at(x: Tensor, format: Format, exponent: Tensor) -> Coded:
-    inverse = torch.where(exponent == NAN_EXPONENT, NAN_EXPONENT, 2 * BIAS - exponent.int()).to(torch.uint8)
-    value = scaled(x, scales(inverse), format.block)
-    largest = LARGEST[format.element]
-    value = value.clamp(-largest, largest)  # some releases of torch cast what is larger to NaN
-    codes = value.to(torch.float8_e4m3fn).view(torch.uint8) if format.element == "e4m3" else _e2m1(value)
-    return Coded(codes=codes, exponents=exponent)
+    inverse = (2 * BIAS - exponent.int()).clamp_min(0).to(torch.uint8)
+    blocks = _blocks(x, format.block) * _spread(scales(inverse))
+    ones = torch.where(exponent == NAN_EXPONENT, -1, 0).int()
+    blocks.view(torch.int32).bitwise_or_(_spread(ones))
+    value = _joined(blocks, x.shape)
+    return Coded(codes=_e4m3(value) if format.element == "e4m3" else _e2m1(value), exponents=exponent)
+
+
+def _e4m3(value: Tensor) -> Tensor:
+    """Codes, written over the values; what is larger than 448 saturates, which torch's cast does not in all releases."""
+    largest = LARGEST["e4m3"]
+    return value.clamp_(-largest, largest).to(torch.float8_e4m3fn).view(torch.uint8)
 
 
 def _e2m1(value: Tensor) -> Tensor:
-    """Codes of numbers of at most 6: steps of 0.5 below 2, of 1 below 4, of 2 above; ties to even codes."""
-    size = value.abs()
-    code = torch.where(size < 2, (2 * size).round(), torch.where(size < 4, size.round() + 2, (size / 2).round() + 4))
-    return code.nan_to_num(0).to(torch.uint8) | (torch.signbit(value).to(torch.uint8) * SIGN_E2M1)
+    """Codes; what is larger than 6 saturates. By integers, for torch has no such cast.
+
+    Numbers are multiples of 0.5 below 2, of 1 below 4, of 2 from there on: half the power of two 2^e <= size, e >= 0.
+    Adding 2^(e + 22), an fp32 number with such a last digit, rounds to it, ties to even. The sum's last bits are then
+    the number q of these steps and its exponent field is e + 149; the code is q + 2 e.
+    """
+    bits = value.view(torch.int32)
+    size = (bits & SIZE).clamp_(max=SIX)
+    power = (size & ~MANTISSA).clamp_(min=ONE).add_(22 << MANTISSA_BITS)
+    total = size.view(torch.float32).add(power.view(torch.float32)).view(torch.int32)
+    code = (total >> (MANTISSA_BITS - 1)).add_(total).sub_(2 * 149)
+    return code.bitwise_or_((bits >> 28).bitwise_and_(SIGN_E2M1)).to(torch.uint8)
 
 
 @cache
-def _table(element: Element, device: torch.device) -> Tensor:
+def _table(element: Element, dtype: torch.dtype, device: torch.device) -> Tensor:
     """The number of each code."""
     if element == "e4m3":
-        return torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float().to(device)
-    positive = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
+        return torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).to(dtype).to(device)
+    positive = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0], dtype=dtype)
     return torch.cat((positive, -positive)).to(device)
+
+
+def _scaled(x: Tensor, scale: Tensor, block: tuple[int, int]) -> Tensor:
+    return _joined(_blocks(x, block) * _spread(scale), x.shape)
+
+
+def _spread(of_blocks: Tensor) -> Tensor:
+    """One number per block, in the dims of `_blocks`."""
+    return of_blocks.unsqueeze(-2).unsqueeze(-1)
 
 
 def _blocks(x: Tensor, block: tuple[int, int]) -> Tensor:
