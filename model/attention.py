@@ -113,14 +113,22 @@ class Attention(nn.Module):
         return o_BTHC, IndexerStatistics(kl_sum=kl_sum, recall=recall)
 
 
+def group_products(x_BTGC: Tensor, weight_GOC: Tensor) -> Tensor:
+    """y_g = x_g W_g^T for each group: y_BTGO."""
+    return torch.einsum("btgc,goc->btgo", x_BTGC, weight_GOC)
+
+
 class GroupedLinear(nn.Module):
-    """G maps side by side, y_g = W_g x_g: W_g [out, in] stored one below the other as weight [G * out, in]."""
+    """G maps side by side, y_g = W_g x_g: W_g [out, in] stored one below the other as weight [G * out, in].
+
+    `matmul` is the precision seam: same signature as `group_products`.
+    """
 
     def __init__(self, groups: int, in_features: int, out_features: int, dtype: torch.dtype) -> None:
         super().__init__()
-        self.groups = groups
+        self.groups, self.matmul = groups, group_products
         self.weight = nn.Parameter(torch.empty(groups * out_features, in_features, dtype=dtype))
 
     def forward(self, x: Tensor) -> Tensor:
         x_BTGC = x.unflatten(-1, (self.groups, -1))
-        return torch.einsum("btgc,goc->btgo", x_BTGC, self.weight.unflatten(0, (self.groups, -1))).flatten(2)
+        return self.matmul(x_BTGC, self.weight.unflatten(0, (self.groups, -1))).flatten(2)

@@ -1,6 +1,7 @@
 """The optimizer of a run: Muon for matrices, AdamW for the rest, fp32 masters, one global clip.
 
-Parameters of lower precision have an fp32 master that is updated and copied back; others are their own master.
+Parameters of lower precision, and those that are rounded to a format, have an fp32 master that is updated and copied
+back; others are their own master.
 A frozen group is left as it is, its momentum and its count of updates too. On many processes each has an optimizer of
 the tensors it owns; the norm and the figures are of all of them (`Totals`).
 """
@@ -26,6 +27,15 @@ def own_totals(numbers: Mapping[str, Sequence[float]]) -> dict[str, float]:
     return {key: math.fsum(values) for key, values in numbers.items()}
 
 
+OfMaster = Callable[[str, Tensor], Tensor]
+"""The weights of a member, from its parameter's name and its master; the result is cast to the parameter's type."""
+
+
+def as_it_is(parameter: str, master: Tensor) -> Tensor:
+    """`OfMaster` of weights that are no more than cast."""
+    return master
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class UpdateStats:
     """norm: before the clip. clip_scale: factor applied. update_rms: by group, of the change without decay."""
@@ -40,7 +50,8 @@ class Optimizer:
 
     parallel_map: like `map`, may run the batches of matrices side by side; none depends on another. known: all groups
     that there are, default those of the members. totals, counted: how figures become those of all processes, and the
-    members that this one tells of, default all (others may own the same).
+    members that this one tells of, default all (others may own the same). of_master: how weights come from masters,
+    rounded: the parameters of which this is more than a cast.
     """
 
     def __init__(
@@ -53,6 +64,8 @@ class Optimizer:
         known: Collection[str] | None = None,
         totals: Totals = own_totals,
         counted: Collection[str] | None = None,
+        of_master: OfMaster = as_it_is,
+        rounded: Collection[str] = (),
     ) -> None:
         groups.check({member.group for member in members} if known is None else known, config)
         groups.check_cover(members, parameters)
@@ -61,7 +74,11 @@ class Optimizer:
         self.members = tuple(members)
         self._counted = tuple(member for member in members if counted is None or member.name in counted)
         self._parameters = {name: parameter.detach() for name, parameter in parameters.items()}
-        self._masters = {name: _master(parameter) for name, parameter in self._parameters.items()}
+        self._of_master = of_master
+        self._rounded = {name for name in parameters if name.partition("[")[0] in rounded}
+        self._masters = {
+            name: _master(parameter, apart=name in self._rounded) for name, parameter in self._parameters.items()
+        }
         self._kind = {member.parameter: member.kind for member in members}
         self._group = {member.parameter: member.group for member in members}
         self._state: dict[str, Tensor] = {}
@@ -88,10 +105,26 @@ class Optimizer:
         clipped = {name: gradient * scale for name, gradient in active.items()} if scale != 1 else active
         self._step_matrices(clipped, rate)
         changes = self._step_others(clipped, rate)
-        for name in active:
-            if self._masters[name] is not self._parameters[name]:
-                self._parameters[name].copy_(self._masters[name])
+        self.write(active)
         return UpdateStats(norm=norm, clip_scale=scale, update_rms=self._rms(told, changes, rate))
+
+    @torch.no_grad()
+    def write(self, names: Collection[str]) -> None:
+        """Make the weights of these parameters, or spans, from their masters; nothing of those that are their own."""
+        for name, parameter in self._parameters.items():
+            if name in names and name not in self._rounded and self._masters[name] is not parameter:
+                parameter.copy_(self._masters[name])
+        for member, weight, master in self.masters():
+            name = member.parameter
+            if name in self._rounded and (name in names or name.partition("[")[0] in names):
+                weight.copy_(self._of_master(name, master))
+
+    def masters(self) -> Iterator[tuple[Member, Tensor, Tensor]]:
+        """Member, weight and master of all that have a master of their own."""
+        for member in self.members:
+            weight, master = self._parameters[member.parameter], self._masters[member.parameter]
+            if master is not weight:
+                yield member, member.view(weight), member.view(master)
 
     def _norm(self, gradients: Mapping[str, Tensor], told: Sequence[Member]) -> float:
         sums = {member.name: clip.square_sums(member.view(gradients[member.parameter])) for member in told}
@@ -169,6 +202,8 @@ class Optimizer:
         return changes
 
 
-def _master(parameter: Tensor) -> Tensor:
-    """The tensor that is updated: the parameter itself, or its fp32 copy where it is of lower precision."""
-    return parameter if parameter.dtype in (torch.float32, torch.float64) else parameter.float()
+def _master(parameter: Tensor, *, apart: bool) -> Tensor:
+    """The tensor that is updated: the parameter itself, or its copy in at least fp32, always where it is apart."""
+    if parameter.dtype in (torch.float32, torch.float64):
+        return parameter.clone() if apart else parameter
+    return parameter.float()

@@ -29,6 +29,9 @@ from trainer.parallel.stages import chunk_layers, layers_of_rank, usual_row
 from trainer.parallel.world import ALONE, World
 from trainer.pieces import Piece, whole
 from trainer.pool import RowPool
+from trainer.precision.recipe import Recipe
+from trainer.precision.serving import Precision
+from trainer.precision.weights import Weights
 from trainer.reader import Reader, restore
 from trainer.schedule import StepPlans
 from trainer.schedule_config import ScheduleConfig
@@ -67,6 +70,18 @@ class Built:
         Raises ValueError unless names, shapes and dtypes are those of this run.
         """
         restore(saved, holding.held(self.parts), holding.names_of_all(self.parts))
+
+    def enter(self, done: int, *, anew: bool) -> None:
+        """Take up the formats of the step after `done` steps; anew: those of the restored weights may be others."""
+        last = self.plans[min(done, len(self.plans)) - 1]
+        tokens = last.tokens + last.rows * last.row_length if done else 0
+        self.parts.precision.enter(tokens)
+        if anew:
+            rounded = self.parts.precision.weights.recipe.rounded()
+            self.parts.optimizer.write(rounded)
+            self.parts.handout.begin(
+                {name: tensor.detach() for name, tensor in names.tensors(self.parts.model).items()}, rounded
+            )
 
 
 def restore_model(model: Transformer, saved: Reader) -> None:
@@ -118,6 +133,8 @@ def build(config: TrainConfig, data: Data, device: torch.device, world: World = 
     sums = _sums(config, {name: tensor.shape for name, tensor in shared.items()}, ownership, device)
     if isinstance(sums, FastSum):
         sums.watch(model)
+    weights = Weights(Recipe(config.precision, config.model))
+    groups_here = {member.parameter: member.group for member in every}
     parts = Parts(
         pool=pool,
         optimizer=Optimizer(
@@ -128,17 +145,23 @@ def build(config: TrainConfig, data: Data, device: torch.device, world: World = 
             known={member.group for member in every},
             totals=world.totals,
             counted=ownership.counted(),
+            of_master=weights.of_master,
+            rounded=weights.recipe.rounded(),
         ),
         sums=sums,
         handout=Handout(ownership) if exact else EarlyHandout(ownership, model),
         stream=data.train,
         loss=config.loss,
-        groups={member.parameter: member.group for member in every},
+        groups=groups_here,
+        precision=Precision(weights, pool.views, groups_here),
         device=device,
         world=world,
         ownership=ownership,
         pipeline=_pipeline(config, model, world) if config.parallel.pipe > 1 else None,
     )
+    if device.type != "meta":
+        for member, view in ownership.held():
+            weights.round(member.parameter, view(shared[member.parameter].detach()))
     table = groups.table(every, shapes, config.optim)
     return Built(config=config, data=data, parts=parts, plans=schedule.plan(config.schedule), table=table)
 

@@ -119,11 +119,17 @@ class Guard:
 
     def _unlike_masters(self) -> Iterator[Finding]:
         """Weights that are not their masters rounded."""
-        differ = [(words(weight) != words(master.to(weight.dtype))).any() for _, weight, master in self._masters]
+        differ = [
+            (words(weight) != words(self._of_master(name, master, weight))).any()
+            for name, weight, master in self._masters
+        ]
         for at in torch.stack(differ).nonzero().flatten().tolist() if differ else []:
             name, weight, master = self._masters[at]
-            found, expected = int(self._checksum(weight)), int(self._checksum(master.to(weight.dtype)))
-            yield Finding(tensor=name, found=found, expected=expected, because="its master rounded")
+            found, expected = int(self._checksum(weight)), int(self._checksum(self._of_master(name, master, weight)))
+            yield Finding(tensor=f"model/{name}", found=found, expected=expected, because="its master rounded")
+
+    def _of_master(self, name: str, master: Tensor, weight: Tensor) -> Tensor:
+        return self._parts.precision.weights.of_master(name, master).to(weight.dtype)
 
     def _unlike_others(self, checksums: Mapping[str, int]) -> Iterator[Finding]:
         """Tensors whose replicas are not all the same; every rank of their group finds them."""
@@ -206,11 +212,6 @@ def _replicas(parts: Parts, tensors: Mapping[str, Tensor]) -> list[tuple[Group, 
 
 
 def _masters(parts: Parts) -> Iterator[tuple[str, Tensor, Tensor]]:
-    """Name, weight and master of each owned span that has a master of its own."""
-    spans = {parts.ownership.key(span): span for span in parts.ownership.spans}
-    weights = names.tensors(parts.model)
-    for name, master in parts.optimizer.state_dict().items():
-        kind, _, key = name.partition("/")
-        if kind == "master":
-            span = spans[key]
-            yield f"model/{key}", parts.ownership.rows(span, weights[span.parameter].detach()), master
+    """Name, weight and master of each owned logical tensor that has a master of its own."""
+    for member, weight, master in parts.optimizer.masters():
+        yield member.parameter, weight, master

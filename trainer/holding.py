@@ -52,12 +52,12 @@ def written(parts: Parts) -> dict[str, list[Piece]]:
 def names_of_all(parts: Parts) -> set[str]:
     """The names of a whole checkpoint, whoever holds its tensors; all ranks call this alike."""
     found = {f"model/{name}" for name in names.tensors(parts.model)}
-    parameters = dict(parts.model.named_parameters())
+    parameters, rounded = dict(parts.model.named_parameters()), parts.precision.weights.recipe.rounded()
     for name, kind in parts.ownership.kinds.items():
         if name not in parameters:
             continue
         state = {"momentum"} if kind == "matrix" else {"exp_avg", "exp_avg_sq", "updates"}
-        if parameters[name].dtype not in (torch.float32, torch.float64):
+        if name in rounded or parameters[name].dtype not in (torch.float32, torch.float64):
             state.add("master")
         found |= {f"optimizer/{one}/{name}" for one in state}
     return set().union(*parts.world.gather(found))

@@ -17,6 +17,7 @@ from trainer import redact
 CHECKOUT = Path(__file__).resolve().parents[1]
 BITS_DEPEND_ON = (
     "torch", "cpu_capability", "threads", "device", "device_name", "dtype", "deterministic", "kernels", "reduction",
+    "precision",
 )  # fmt: skip
 """Facts that must be the same for a resumed run to have the bits of the uninterrupted one (measured: engine notes)."""
 PATCH_BYTES = 1 << 20

@@ -25,6 +25,7 @@ from trainer.observe import Observer
 from trainer.parallel.apply import choose_kernels, describe_kernels
 from trainer.parallel.placement import SINGLE, Placement
 from trainer.parallel.world import World
+from trainer.precision.recipe import Recipe
 from trainer.progress import Progress
 from trainer.stop import Stop, on_signals
 from trainer.together import read_together, require_alike
@@ -176,6 +177,7 @@ def _restore(
         return None, []
     changes = _refuse_changes(saved.state["facts"], facts, session)
     built.restore(saved)
+    built.enter(saved.step, anew=saved.state["facts"].get("precision") != facts.get("precision"))
     return saved.step, changes
 
 
@@ -272,7 +274,9 @@ def _facts(config: TrainConfig, device: torch.device, kernels: str, data_fingerp
     layout = {key: value for key, value in asdict(parallel).items() if key != "check_every_steps"}
     reduction = "exact" if parallel.reduction == "exact" else f"fast: {layout}"
     facts = provenance.facts(device=str(device), dtype=config.precision.dtype, kernels=kernels, reduction=reduction)
-    return facts | {"data_fingerprint": data_fingerprint}
+    recipe = Recipe(config.precision, config.model)
+    precision = {} if recipe.is_plain else {"precision": recipe.hash()}
+    return facts | precision | {"data_fingerprint": data_fingerprint}
 
 
 def _total_tokens(built: Built) -> int:

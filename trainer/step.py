@@ -29,6 +29,7 @@ from trainer.parallel.owners import ExactReduction, Handout, Ownership
 from trainer.parallel.world import World
 from trainer.passes import Learning
 from trainer.pool import RowPool
+from trainer.precision.serving import Precision
 from trainer.row import RowSums, TermCounts, Weights
 from trainer.schedule import StepPlan
 
@@ -47,7 +48,7 @@ class Parts:
     """What a step works on. pool: the model, as often as rows run at the same time. groups: by parameter name.
 
     world: the ranks that take the step together. ownership: whose the optimizer's tensors are. handout: of weights.
-    pipeline: what runs the rows where the layers are shared out.
+    pipeline: what runs the rows where the layers are shared out. precision: the formats of weights and products.
     """
 
     pool: RowPool
@@ -60,6 +61,7 @@ class Parts:
     device: torch.device
     world: World
     ownership: Ownership
+    precision: Precision
     pipeline: "Pipeline | None" = None
 
     @property
@@ -144,7 +146,9 @@ def train_step(parts: Parts, plan: StepPlan, stopped: Callable[[], bool], verify
     parts.world.beat.mark("update")
     update = parts.optimizer.step(gradients, rate=plan.rate, frozen_groups=frozen)
     whole_step.mark()
-    parts.handout.begin(_weights(parts), active)
+    changed = parts.precision.enter(plan.tokens + plan.rows * plan.row_length)
+    parts.optimizer.write(changed)
+    parts.handout.begin(_weights(parts), active | changed)
     if plan.attention != "indexer_warmup":
         update_biases(parts.model, load_LE, parts.loss.bias_update_speed)
     whole_step.mark()

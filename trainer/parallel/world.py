@@ -158,7 +158,9 @@ def start(
 ) -> World:
     """Join the run's other processes; all of them call this. One process joins nothing.
 
-    The store has a part for each attempt: a process of the one before, late, finds nobody there.
+    The store has a part for each attempt: a process of the one before, late, finds nobody there. On GPUs every group is
+    connected here, not by its first call: so a rank that cannot be reached is noticed before training, and no call in a
+    step waits for connections. For that torch is told which GPU this process has, and splits the groups off each other.
     """
     beat = beat or Beat(place)
     if mesh.size == 1:
@@ -166,7 +168,10 @@ def start(
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     store, *_ = next(dist.rendezvous(place.address, place.rank, place.size, timeout=patience))
     store = dist.PrefixStore(f"attempt-{place.attempt}", store)
-    dist.init_process_group(backend, store=store, rank=place.rank, world_size=place.size, timeout=patience)
+    gpu = torch.device("cuda", device.index or 0) if device.type == "cuda" else None
+    dist.init_process_group(
+        backend, store=store, rank=place.rank, world_size=place.size, timeout=patience, device_id=gpu
+    )
     everybody = tuple(range(mesh.size))
     speech = [_group({everybody}, place.rank, "gloo", patience) for _ in range(2)]
 

@@ -41,7 +41,7 @@ def linear(formats: Formats, watch: Watch) -> Linear:
 
 
 def side_by_side(formats: Formats, watch: Watch) -> Linear:
-    """`model.attention.group_products` with rounded operands: x [..., G, in], weight [G, out, in] to y [..., G, out]."""
+    """`model.attention.group_products` with rounded operands: x [..., G, in], weight [G, out, in], y [..., G, out]."""
 
     def product(x: Tensor, weight: Tensor) -> Tensor:
         y_GPF = _Products.apply(x.flatten(0, -3).transpose(0, 1), weight, formats, watch)
@@ -162,4 +162,3 @@ def _taken_out(kept: Sequence[Tensor], formats: Formats, dtype: torch.dtype) -> 
     if formats.wgrad_input is None:
         return kept[0]
     return decode(Coded(codes=kept[0], exponents=kept[1]), formats.wgrad_input, dtype)
-

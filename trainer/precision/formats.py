@@ -118,7 +118,7 @@ def _encode_at(x: Tensor, format: Format, exponent: Tensor) -> Coded:
 
 
 def _e4m3(value: Tensor) -> Tensor:
-    """Codes, written over the values; what is larger than 448 saturates, which torch's cast does not in all releases."""
+    """Codes; the values are lost. What is larger than 448 saturates, which torch's cast does not in all releases."""
     largest = LARGEST["e4m3"]
     return value.clamp_(-largest, largest).to(torch.float8_e4m3fn).view(torch.uint8)
 

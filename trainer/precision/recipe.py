@@ -78,9 +78,14 @@ class Recipe:
                 found |= dict.fromkeys(self._named[name], self._formats(name, rule))
         return found
 
-    def ever(self) -> set[str]:
-        """The parameters that have a format at some time."""
-        return {name for start in self.stages for name, formats in self.at(start).items() if not formats.is_plain}
+    def rounded(self) -> set[str]:
+        """The parameters that at some time are not just their masters cast."""
+        return {name for start in self.stages for name, formats in self.at(start).items() if formats.weight}
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether no parameter has a format at any time."""
+        return all(formats.is_plain for start in self.stages for formats in self.at(start).values())
 
     def hash(self) -> str:
         """Of all that the recipe says; the same where the same bits come out."""

@@ -1,0 +1,128 @@
+"""The three products of `emulated.py` by block-scaled tensor-core products: what the back ends torch and te share.
+
+Codes and scales are made by `formats.py` and are the same in every back end; only who multiplies differs, and with it
+the order of the sums. Linear maps, maps side by side and experts are all groups of rows with a weight each.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trainer.precision.elements import Format
+from trainer.precision.emulated import Grouped, Linear
+from trainer.precision.formats import Coded, decode, encode
+from trainer.precision.health import Watch
+from trainer.precision.operands import Groups, Kept, Operand, columns_of, fits, rows_of
+from trainer.precision.recipe import Formats
+
+Multiply = Callable[[Sequence[tuple[Operand, Operand]], torch.dtype], Sequence[Tensor]]
+"""a b^T of each pair in fp32 or bf16; a's blocks are 1x128, b's 1x128 or 128x128."""
+BLOCKS = {"input": (1, 128), "grad": (1, 128), "wgrad_input": (128, 1), "wgrad_grad": (128, 1)}
+DTYPES = (torch.float32, torch.bfloat16)
+
+
+def refusal(formats: Formats) -> str:
+    """Which format of these no block-scaled product takes; "" if it takes them."""
+    last = formats.weight[-1] if formats.weight else None
+    wanted = {"weight": (last, (128, 128)), **{key: (getattr(formats, key), block) for key, block in BLOCKS.items()}}
+    for key, (format, (rows, columns)) in wanted.items():
+        if not fits(format, "e4m3", (rows, columns)):
+            return f"{key} is {format.name if format else 'in the type of the run'}, not e4m3_{rows}x{columns}"
+    return ""
+
+
+def linear(multiply: Multiply, formats: Formats, watch: Watch) -> Linear:
+    """As `emulated.linear`."""
+    product = grouped(multiply, formats, watch)
+
+    def linear_product(x: Tensor, weight: Tensor) -> Tensor:
+        rows = x.flatten(0, -2)
+        return product(rows, weight.unsqueeze(0), [len(rows)]).unflatten(0, x.shape[:-1])
+
+    return linear_product
+
+
+def side_by_side(multiply: Multiply, formats: Formats, watch: Watch) -> Linear:
+    """As `emulated.side_by_side`: the groups' rows one group after the other."""
+    product = grouped(multiply, formats, watch)
+
+    def grouped_product(x: Tensor, weight: Tensor) -> Tensor:
+        x_GPC = x.flatten(0, -3).transpose(0, 1)
+        G, P = x_GPC.shape[:2]
+        y_GPF = product(x_GPC.flatten(0, 1), weight, [P] * G).unflatten(0, (G, P))
+        return y_GPF.transpose(0, 1).unflatten(0, x.shape[:-2])
+
+    return grouped_product
+
+
+def grouped(multiply: Multiply, formats: Formats, watch: Watch) -> Grouped:
+    """As `emulated.grouped`."""
+    kept = Kept()
+
+    def product(x_PD: Tensor, w_EFD: Tensor, counts: list[int]) -> Tensor:
+        if x_PD.dtype not in DTYPES:
+            raise TypeError(f"block-scaled products: expected fp32 or bf16, found {x_PD.dtype}; see precision.backend")
+        return _Products.apply(x_PD, w_EFD, Groups(counts), formats, watch, multiply, kept)
+
+    return product
+
+
+class _Products(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x_PD: Tensor,
+        w_EFD: Tensor,
+        groups: Groups,
+        formats: Formats,
+        watch: Watch,
+        multiply: Multiply,
+        kept: Kept,
+    ) -> Tensor:
+        coded = _coded(x_PD, formats.input, "input", watch)
+        weights = kept.of(w_EFD)
+        ctx.groups, ctx.formats, ctx.watch, ctx.multiply, ctx.weights = groups, formats, watch, multiply, weights
+        ctx.like = w_EFD.shape, w_EFD.dtype, x_PD.dtype
+        ctx.save_for_backward(*((coded.codes, coded.exponents) if ctx.needs_input_grad[1] else ()))
+        pairs = zip(rows_of(coded, groups), _of(weights.forwards, groups), strict=True)
+        return groups.gather(multiply(list(pairs), x_PD.dtype), w_EFD.shape[1], x_PD)
+
+    @staticmethod
+    def backward(ctx: Any, grad_PF: Tensor) -> tuple[Tensor | None, ...]:
+        groups, formats, watch = ctx.groups, ctx.formats, ctx.watch
+        grad_x = grad_w = None
+        if ctx.needs_input_grad[0]:
+            rows = rows_of(_coded(grad_PF, formats.grad, "grad", watch), groups)
+            pairs = list(zip(rows, _of(ctx.weights.backwards, groups), strict=True))
+            grad_x = groups.gather(ctx.multiply(pairs, grad_PF.dtype), ctx.like[0][2], grad_PF)
+        if ctx.needs_input_grad[1]:
+            grad_w = _of_weight(ctx, grad_PF)
+        return grad_x, grad_w, None, None, None, None, None
+
+
+def _of_weight(ctx: Any, grad_PF: Tensor) -> Tensor:
+    """dW of each group: its rows' gradients by its rows, both rounded in blocks along the rows."""
+    groups, formats = ctx.groups, ctx.formats
+    shape, dtype, type_of_x = ctx.like
+    codes, exponents = ctx.saved_tensors
+    taken_PD = decode(Coded(codes=codes, exponents=exponents), formats.input, type_of_x)
+    of_grad = columns_of(_coded(groups.spread(grad_PF), formats.wgrad_grad, "wgrad_grad", ctx.watch), groups)
+    of_input = columns_of(encode(groups.spread(taken_PD), formats.wgrad_input), groups)
+    parts = ctx.multiply(list(zip(of_grad, of_input, strict=True)), dtype)
+    grad_EFD = torch.zeros(shape, dtype=dtype, device=grad_PF.device)
+    for group, part in zip(groups.spans, parts, strict=True):
+        grad_EFD[group] = part[: shape[1], : shape[2]]
+    return grad_EFD
+
+
+def _of(operands: Sequence[Operand], groups: Groups) -> list[Operand]:
+    return [operands[group] for group in groups.spans]
+
+
+def _coded(x: Tensor, format: Format, operand: str, watch: Watch) -> Coded:
+    coded = encode(x, format)
+    if watch.on:
+        watch.note(operand, x, decode(coded, format, x.dtype), coded)
+    return coded

@@ -1,0 +1,73 @@
+"""Who multiplies what at the model's precision seams, in each part of a run."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from model.attention import GroupedLinear
+from model.experts import Experts
+from model.layers import Linear
+from model.transformer import Transformer
+from trainer.precision import emulated
+from trainer.precision.health import Watch
+from trainer.precision.weights import Weights
+
+SEAMS: dict[type[nn.Module], tuple[str, str, str]] = {
+    Linear: ("matmul", "weight", "linear"),
+    GroupedLinear: ("matmul", "weight", "side_by_side"),
+    Experts: ("grouped_matmul", "w1", "grouped"),
+}
+"""By kind of module: its seam, the parameter whose formats hold in it, the function of a back end that serves there."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Seam:
+    """One seam of one module. plain: what served there before."""
+
+    module: nn.Module
+    attribute: str
+    parameter: str
+    function: str
+    plain: Callable[..., Any]
+
+
+class Precision:
+    """The formats of weights and products of all views of a model, as they are at a time of the run.
+
+    groups: of the parameters. watches: by group, what notes are taken of its operands.
+    """
+
+    def __init__(self, weights: Weights, views: Sequence[Transformer], groups: Mapping[str, str]) -> None:
+        self.weights = weights
+        self.watches = {group: Watch() for group in sorted(set(groups.values()))}
+        self._groups = groups
+        self._seams = [
+            _Seam(
+                module=module,
+                attribute=attribute,
+                parameter=f"{name}.{weight}",
+                function=function,
+                plain=getattr(module, attribute),
+            )
+            for view in views
+            for name, module in view.named_modules()
+            for kind, (attribute, weight, function) in SEAMS.items()
+            if isinstance(module, kind) and f"{name}.{weight}" in groups
+        ]
+        self._serve()
+
+    def enter(self, tokens: int) -> set[str]:
+        """What holds from `tokens` on; returns the parameters whose weights must be made from their masters again."""
+        changed = self.weights.enter(tokens)
+        if changed:
+            self._serve()
+        return changed
+
+    def _serve(self) -> None:
+        for seam in self._seams:
+            formats, serving = self.weights.table[seam.parameter], seam.plain
+            if not formats.has_plain_products:
+                serving = getattr(emulated, seam.function)(formats, self.watches[self._groups[seam.parameter]])
+            setattr(seam.module, seam.attribute, serving)
