@@ -55,7 +55,7 @@ def multiply(pairs: Sequence[tuple[Operand, Operand]], dtype: torch.dtype) -> li
 def hopper_refusal(device: torch.device) -> str:
     """Why cuBLASLt has no products with fp32 block scales on the device; "": it has."""
     if device.type != "cuda":
-        return f"no {device.type} has block-scaled FP8 products; they need an NVIDIA GPU of compute capability 9.0"
+        return f"a {device.type} has no block-scaled FP8 products; an NVIDIA GPU of compute capability 9.0 has"
     capability = torch.cuda.get_device_capability(device)
     if capability == HOPPER:
         return ""

@@ -115,8 +115,8 @@ def filled(codes: Tensor, rows: int, columns: int) -> Tensor:
 class Kept:
     """The codes of weights that hold their format's numbers, made once for each version of a weight.
 
-    Whoever writes a weight changes its version; a collective of torch.distributed may have to be told to
-    (`torch.autograd.graph.increment_version`), and a view must share the version of what it views (`detach`, not `.data`).
+    So whoever writes a weight must change its version: dist.broadcast does not (`increment_version` does), and what
+    views a weight must share its version, as `detach()` does and `.data` does not.
     """
 
     def __init__(self) -> None:
@@ -167,4 +167,3 @@ def _numbers(device: torch.device) -> Tensor:
 
 def _up(count: int, multiple: int) -> int:
     return -(-count // multiple) * multiple
-

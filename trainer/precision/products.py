@@ -121,7 +121,8 @@ def _of(operands: Sequence[Operand], groups: Groups) -> list[Operand]:
     return [operands[group] for group in groups.spans]
 
 
-def _coded(x: Tensor, format: Format, operand: str, watch: Watch) -> Coded:
+def _coded(x: Tensor, format: Format | None, operand: str, watch: Watch) -> Coded:
+    assert format is not None  # see `refusal`
     coded = encode(x, format)
     if watch.on:
         watch.note(operand, x, decode(coded, format, x.dtype), coded)

@@ -1,0 +1,59 @@
+"""Which back end multiplies numbers with formats: chosen once, before the first step, and never changed silently."""
+
+import importlib
+from collections.abc import Mapping
+from types import ModuleType
+
+import torch
+
+from model.config import require
+from trainer.precision.config import BackEnd
+from trainer.precision.recipe import Formats
+
+EMULATED = "emulated"
+MODULES = {"torch": "blockscaled", "te": "te", EMULATED: "emulated"}
+"""The back ends that compute, fastest first, and their modules in this package."""
+
+
+def choose(backend: BackEnd, table: Mapping[str, Formats], device: torch.device) -> str:
+    """The one back end of a run whose parameters have these formats: the asked one; auto: the first that can.
+
+    One serves all products with formats, so that a log, and a difference between two, has one cause. Raises ValueError
+    where the asked one cannot compute a format exactly.
+    """
+    if backend == "auto":
+        return next(name for name in MODULES if not _refusal(name, table, device))
+    reason = _refusal(backend, table, device)
+    others = ", ".join(name for name in ("auto", *MODULES) if name == "auto" or not _refusal(name, table, device))
+    require(not reason, "precision.backend", backend, f"one of {others}, because {reason}")
+    return backend
+
+
+def module(name: str) -> ModuleType:
+    """The module of a back end: linear, side_by_side, grouped, refusal."""
+    return importlib.import_module(f"trainer.precision.{MODULES[name]}")
+
+
+def describe(name: str, table: Mapping[str, Formats]) -> str:
+    """What multiplies, in one line that is the same if and only if the same code computes, as for kernels."""
+    if not _with_formats(table):
+        return "off"
+    return EMULATED if name == EMULATED else module(name).describe()
+
+
+def _refusal(name: str, table: Mapping[str, Formats], device: torch.device) -> str:
+    """The first reason why a back end cannot compute a format of the table, with the parameter's name."""
+    for formats, parameter in _with_formats(table).items():
+        reason = module(name).refusal(formats, device)
+        if reason:
+            return f"{reason} ({parameter})"
+    return ""
+
+
+def _with_formats(table: Mapping[str, Formats]) -> dict[Formats, str]:
+    """The formats of the products that a back end computes, each with the first parameter that has it."""
+    found: dict[Formats, str] = {}
+    for parameter, formats in table.items():
+        if not formats.has_plain_products:
+            found.setdefault(formats, parameter)
+    return found

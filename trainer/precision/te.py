@@ -1,0 +1,121 @@
+"""Transformer Engine's door: the back end `te`, its block-scaled products on Hopper and nothing else of it.
+
+Codes and scales are ours, as for every back end, handed over in its own class of block-scaled tensors; so its
+quantisers, which cut off an infinity where ours say NaN, are not called, and none of its modules is. A single product
+is `general_gemm`, those of experts are `general_grouped_gemm`, which spreads them over several streams. What is used
+has no promise of staying as it is: so the version is pinned and each name is looked up before the first step.
+
+Its Float8BlockScaling is Hopper's; on Blackwell it is imitated by MXFP8, other numbers, and refused here.
+"""
+
+import importlib
+import importlib.metadata
+import importlib.util
+from collections.abc import Sequence
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trainer.precision import products
+from trainer.precision.blockscaled import hopper_refusal
+from trainer.precision.emulated import Grouped, Linear
+from trainer.precision.health import Watch
+from trainer.precision.operands import Operand
+from trainer.precision.recipe import Formats
+
+PACKAGE, VERSION = "transformer_engine", "2.20.2"
+"""The only release that the names below were held against."""
+USED = {
+    "transformer_engine.pytorch": ("DType", "Float8BlockQuantizer", "Float8BlockwiseQTensorStorage"),
+    "transformer_engine.pytorch.cpp_extensions": ("general_gemm", "general_grouped_gemm"),
+}
+"""What is used, by module."""
+
+
+def refusal(formats: Formats, device: torch.device) -> str:
+    """Why these formats cannot be computed on the device; "": they can. Imports Transformer Engine only if they may."""
+    return products.refusal(formats) or hopper_refusal(device) or _unknown()
+
+
+def linear(formats: Formats, watch: Watch) -> Linear:
+    """As `emulated.linear`, by Transformer Engine's products."""
+    return products.linear(multiply, formats, watch)
+
+
+def side_by_side(formats: Formats, watch: Watch) -> Linear:
+    """As `emulated.side_by_side`, by Transformer Engine's products."""
+    return products.side_by_side(multiply, formats, watch)
+
+
+def grouped(formats: Formats, watch: Watch) -> Grouped:
+    """As `emulated.grouped`, by Transformer Engine's products."""
+    return products.grouped(multiply, formats, watch)
+
+
+def describe() -> str:
+    """What multiplies."""
+    return f"te {VERSION}: general_gemm and general_grouped_gemm, blocks of 1x128 and 128x128"
+
+
+def multiply(pairs: Sequence[tuple[Operand, Operand]], dtype: torch.dtype) -> list[Tensor]:
+    """a b^T of each pair. Transformer Engine names the weight, b, first."""
+    if not pairs:
+        return []
+    used = _used()
+    rights = [_tensor(b, used) for _, b in pairs]
+    lefts = [_tensor(a, used) for a, _ in pairs]
+    if len(pairs) == 1:
+        return [used["general_gemm"](rights[0], lefts[0], out_dtype=dtype, layout="TN")[0]]
+    results = [a.codes.new_empty(len(a.codes), len(b.codes), dtype=dtype) for a, b in pairs]
+    unquantised = [None] * len(pairs)
+    used["general_grouped_gemm"](rights, lefts, results, unquantised, dtype, layout="TN", use_split_accumulator=True)
+    return results
+
+
+def _tensor(operand: Operand, used: dict[str, Any]) -> Any:
+    """An operand as a tensor of Transformer Engine; its scales lie as ours do."""
+    element = used["DType"].kFloat8E4M3
+    return used["Float8BlockwiseQTensorStorage"](
+        rowwise_data=operand.codes.contiguous(),
+        rowwise_scale_inv=operand.scales,
+        columnwise_data=None,
+        columnwise_scale_inv=None,
+        fp8_dtype=element,
+        quantizer=_quantizer(operand.tall),
+        is_2D_scaled=operand.tall,
+    )
+
+
+@cache
+def _quantizer(tall: bool) -> Any:
+    """The quantiser that a tensor of Transformer Engine must name; it quantises nothing here."""
+    used = _used()
+    return used["Float8BlockQuantizer"](
+        used["DType"].kFloat8E4M3, rowwise=True, columnwise=False, block_scaling_dim=2 if tall else 1
+    )
+
+
+@cache
+def _used() -> dict[str, Any]:
+    """What is used of Transformer Engine, by name. It needs torch's libraries loaded, so it is imported late."""
+    return {name: getattr(importlib.import_module(module), name) for module, names in USED.items() for name in names}
+
+
+def _unknown() -> str:
+    """Why this Transformer Engine cannot serve: absent, another release, or without a name that is used."""
+    if importlib.util.find_spec(PACKAGE) is None:
+        return "the package transformer-engine is not installed"
+    found = importlib.metadata.version(PACKAGE)
+    if found != VERSION:
+        return f"transformer-engine is {found}, and its calls are known of {VERSION} only"
+    for module, names in USED.items():
+        try:
+            owner = importlib.import_module(module)
+        except (ImportError, OSError, RuntimeError) as error:
+            return f"transformer-engine {VERSION} cannot be imported: {str(error).splitlines()[0]}"
+        for name in names:
+            if not hasattr(owner, name):
+                return f"transformer-engine {VERSION} lacks {module}.{name}"
+    return ""
