@@ -72,7 +72,7 @@ def view_of(model: Transformer) -> Transformer:
         view = Transformer(model.config, model.dtype, model.held, model.numbers)
     for mine, original in zip(view.modules(), model.modules(), strict=True):
         for name, parameter in original.named_parameters(recurse=False):
-            setattr(mine, name, nn.Parameter(parameter.data))
+            setattr(mine, name, nn.Parameter(parameter.detach()))  # of the same version, too
         for name, buffer in original.named_buffers(recurse=False):
             setattr(mine, name, buffer)
     return view

@@ -31,6 +31,7 @@ def test_a_view_is_the_same_model_with_gradients_of_its_own() -> None:
     with torch.no_grad():
         model.layers[1].ffn.gate.bias += 0.5
         model.embed.weight.mul_(2)
+        assert all(parameter._version == originals[name]._version for name, parameter in mine.items())
         assert torch.equal(view(token_BT).h_BTD, model(token_BT).h_BTD)
     view(token_BT).h_BTD.sum().backward()
     assert mine["norm.weight"].grad is not None

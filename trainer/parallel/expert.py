@@ -105,7 +105,7 @@ class RowExperts(Experts):
         self.grouped_matmul, self.swiglu = experts.grouped_matmul, experts.swiglu
         self.w1, self.w3, self.w2 = experts.w1, experts.w3, experts.w2
         weights = (self.w1, self.w3, self.w2)
-        self.leaves = [tuple(nn.Parameter(weight.data) for weight in weights) for _ in range(rows)]
+        self.leaves = [tuple(nn.Parameter(weight.detach()) for weight in weights) for _ in range(rows)]
 
     def forward(self, x_PD: Tensor, weight_P: Tensor, counts: list[int]) -> Tensor:
         """counts: of (row, expert)."""

@@ -185,6 +185,7 @@ class Ownership:
             for span in share.spans:
                 if share.group.size > 1 and span.parameter in changed:
                     rows = self.rows(span, parameters[span.parameter]).view(torch.uint8)
+                    torch.autograd.graph.increment_version(rows)  # a broadcast does not, and codes are kept by version
                     source = share.group.ranks[share.owner]
                     yield span.parameter, dist.broadcast(rows, source, group=share.group.handle, async_op=True)
 
