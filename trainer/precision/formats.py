@@ -54,7 +54,10 @@ def encode_at(x: Tensor, format: Format, exponent: Tensor) -> Coded:
 
 
 def decode(coded: Coded, format: Format, dtype: torch.dtype = torch.float32) -> Tensor:
-    """The numbers of codes; exact in fp32 and, while their exponents are bf16's, in bf16."""
+    """The numbers of codes; exact in fp32 and, while their exponents are bf16's, in bf16.
+
+    What was rounded up to 2^128, from 1.75 * 2^127 on, is infinite.
+    """
     exact = dtype if dtype == torch.bfloat16 else torch.float32
     table = _table(format.element, exact, coded.codes.device)
     flat = table.index_select(0, coded.codes.flatten().long()).view(coded.codes.shape)
