@@ -106,16 +106,12 @@ def _streams(config: TrainConfig, step: StepPlan) -> Iterator[Collective]:
 
 
 def _between_ends(config: TrainConfig, pipe: Sequence[Shares]) -> Iterator[Collective]:
-    """The gradient of the embedding, where first and last pipe rank use it: each adds the other's.
-
-    On the fast path also where a step does not train it.
-    """
-    tied, exact = [shares for shares in pipe if shares.part.is_tied], config.parallel.reduction == "exact"
-    members = (one.parameter for shares in tied for own in shares.dense for one in own)
-    if not tied or (exact and "embed.weight" not in members):
+    """The gradient of the embedding, where first and last pipe rank use it: each adds the other's."""
+    tied = [shares for shares in pipe if shares.part.is_tied]
+    if "embed.weight" not in (one.parameter for shares in tied for own in shares.dense for one in own):
         return
     numbers, ranks = math.prod(tied[0].model.shapes["embed.weight"]), len(tied) * config.parallel.data
-    if exact:
+    if config.parallel.reduction == "exact":
         payload = ranks * numbers * INT64_BYTES
         yield _collective("embedding between ends", "all_reduce", "ends", len(tied), ranks, payload)
     else:

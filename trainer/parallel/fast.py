@@ -114,7 +114,7 @@ class FastSum:
 
     def finish(self) -> dict[str, Tensor]:
         """The gradients of the own spans by key, of all ranks' rows; every rank calls it after its last row."""
-        self._ownership.sum_between_ends(self._sums)
+        self._ownership.sum_between_ends({name: total for name, total in self._sums.items() if name in self._active})
         self._launch(self._order)
         gradients: dict[str, Tensor] = {}
         for underway in (one for bucket in self._order for one in self._launched[bucket]):

@@ -143,9 +143,8 @@ class Ownership:
         return {self.key(span): sums.read(span.parameter, self._local(span)) for span in self.spans}
 
     def sum_between_ends(self, totals: Mapping[str, Tensor]) -> None:
-        """Add the sums that first and last stage have of the parameters that both use, in place."""
-        for parameter in self.tied:
-            total = totals[parameter]
+        """Add the sums that first and last stage have of the parameters that both use, in place. totals: by name."""
+        for total in (totals[parameter] for parameter in self.tied if parameter in totals):
             first, last = self._world.ends.gather_rows(total)
             total.copy_(first + last)
 
