@@ -24,8 +24,8 @@ def choose(backend: BackEnd, table: Mapping[str, Formats], device: torch.device)
     if backend == "auto":
         return next(name for name in MODULES if not _refusal(name, table, device))
     reason = _refusal(backend, table, device)
-    others = ", ".join(name for name in ("auto", *MODULES) if name == "auto" or not _refusal(name, table, device))
-    require(not reason, "precision.backend", backend, f"one of {others}, because {reason}")
+    able = " or ".join(["auto", *(name for name in MODULES if not _refusal(name, table, device))])
+    require(not reason, "precision.backend", backend, f"{able}, because {reason}")
     return backend
 
 
