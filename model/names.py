@@ -8,6 +8,7 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -45,10 +46,14 @@ def tensors(model: Transformer) -> dict[str, Tensor]:
 def config_from_released(folder: Path) -> ModelConfig:
     """The ModelConfig of a released config.json; an unknown key raises ValueError rather than being ignored."""
     path = folder / "config.json"
-    raw = json.loads(path.read_text())
+    return config_from_keys(path, json.loads(path.read_text()))
+
+
+def config_from_keys(path: Path, raw: Mapping[str, Any]) -> ModelConfig:
+    """`config_from_released` of what a config.json says. path: where it was read, for errors."""
     _refuse_unknown(path, "", raw, ModelConfig, NOT_ARCHITECTURE)
     known = {field.name for field in fields(ModelConfig)}
-    values = {key: value for key, value in raw.items() if key in known}
+    values: dict[str, Any] = {key: value for key, value in raw.items() if key in known}
     values["compress_ratios"] = tuple(values["compress_ratios"])
     if values.get("rope_scaling") is not None:
         _refuse_unknown(path, "rope_scaling.", values["rope_scaling"], RopeScaling)
@@ -66,8 +71,8 @@ def _refuse_unknown(
 def load_released(folder: str | Path, dtype: torch.dtype = torch.float32) -> Transformer:
     """Build the model of a folder in the released format: config.json and *.safetensors with the released names.
 
-    Stored tensors must be F32, F16, BF16 or F64 (I64 for tid2eid). Raises ValueError naming the first tensor that is
-    missing, unexpected, quantised or of another shape.
+    Stored tensors must be F32, F16, BF16 or F64 (I64 for tid2eid); `trainer.released.load.load` reads quantised ones.
+    Raises ValueError naming the first tensor that is missing, unexpected, quantised or of another shape.
     """
     folder = Path(folder)
     config = config_from_released(folder)

@@ -1,0 +1,51 @@
+"""The config.json of an export: the model's keys, and those that say how its tensors are stored."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from model.config import ModelConfig
+from model.names import config_from_keys
+from trainer.released.layout import Variant
+
+FP8: Mapping[str, Any] = {
+    "activation_scheme": "dynamic",
+    "fmt": "e4m3",
+    "quant_method": "fp8",
+    "scale_fmt": "ue8m0",
+    "weight_block_size": [128, 128],
+}
+"""What tools look for under quantization_config."""
+
+
+def config_text(config: ModelConfig, variant: Variant, like: tuple[str, Variant] | None) -> str:
+    """The text of a config.json. like: one of the same model and its format, whose other keys are kept.
+
+    It comes back unchanged where the format is the same.
+    """
+    if like is not None and like[1] == variant:
+        return like[0]
+    keys = json.loads(like[0]) if like is not None else _of_model(config)
+    for key in ("expert_dtype", "quantization_config", "torch_dtype", "dtype"):
+        keys.pop(key, None)
+    keys["dtype"] = "float32" if variant == "fp32" else "bfloat16"
+    if variant in ("released", "fp8"):
+        keys["expert_dtype"] = "fp4" if variant == "released" else "fp8"
+        keys["quantization_config"] = dict(FP8)
+    return json.dumps(keys, indent=2) + "\n"
+
+
+def require_same(config: ModelConfig, path: Path, raw: Mapping[str, Any]) -> None:
+    """Raise ValueError naming the first key in which another folder's model is not this one."""
+    mine, other = asdict(config), asdict(config_from_keys(path, raw))
+    for key, value in mine.items():
+        if other[key] != value:
+            raise ValueError(f"{path}: {key} = {other[key]!r}: expected {value!r}, as the model has it")
+
+
+def _of_model(config: ModelConfig) -> dict[str, Any]:
+    named = {"architectures": ["DeepseekV4ForCausalLM"], "model_type": "deepseek_v4"}
+    keys = named | {key: value for key, value in asdict(config).items() if value is not None}
+    return keys | {"compress_ratios": list(config.compress_ratios)}
