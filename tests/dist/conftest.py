@@ -29,6 +29,8 @@ SOONER = (
     "test_pipeline.py::test_dualpipev",
     "test_pipeline_faults.py",
     "test_plan_traffic.py::test_pipe_ranks",
+    "test_precision.py::test_recipes",
+    "test_precision.py::test_the_bits_of_one_process[data2-expert2-owners2-turning]",
     "test_resume.py::test_stages",
 )
 """Where the names of those begin that the quick run has, one of each kind; all others here are slow."""

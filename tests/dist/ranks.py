@@ -110,6 +110,7 @@ def take(case: Case, mesh: Mesh, world: World, folder: Path = Path("none")) -> S
             checkpoint.save(folder / "saved", number + 1, built.pieces(), {}, world.saving)
             built = built_of(case, mesh, world)
             built.restore(checkpoint.recover(folder / "saved", print, world.control))
+            built.parts.precision.enter(LENGTH * sum(case.rows[: number + 1]))
     return steps_of(built, figures)
 
 
@@ -127,7 +128,9 @@ def rows_of_step(number: int, rows: int) -> steps.FixedStream:
 def plan_of(number: int, case: Case) -> StepPlan:
     """Dense, warm-up and sparse steps, with another rate each."""
     plan = steps.make_plan(MODES[number * len(MODES) // len(case.rows)], rate=1e-2 / (1 + number))
-    return replace(plan, step=number, rows=case.rows[number], row_length=LENGTH)
+    return replace(
+        plan, step=number, rows=case.rows[number], row_length=LENGTH, tokens=LENGTH * sum(case.rows[:number])
+    )
 
 
 def figures_of(result: StepResult) -> dict[str, Any]:

@@ -143,7 +143,7 @@ def _in_hydra(value: Any) -> str:
 
 def with_dtype(base: TrainConfig, dtype: Any) -> TrainConfig:
     """The same run in another precision."""
-    return replace(base, precision=PrecisionConfig(dtype=dtype))
+    return replace(base, precision=replace(base.precision, dtype=dtype))
 
 
 def write_corpus(folder: Path, documents: int = 60) -> Path:
