@@ -29,6 +29,7 @@ from trainer.parallel.stages import chunk_layers, layers_of_rank, usual_row
 from trainer.parallel.world import ALONE, World
 from trainer.pieces import Piece, whole
 from trainer.pool import RowPool
+from trainer.precision import backends
 from trainer.precision.recipe import Recipe
 from trainer.precision.serving import Precision
 from trainer.precision.weights import Weights
@@ -133,7 +134,8 @@ def build(config: TrainConfig, data: Data, device: torch.device, world: World = 
     sums = _sums(config, {name: tensor.shape for name, tensor in shared.items()}, ownership, device)
     if isinstance(sums, FastSum):
         sums.watch(model)
-    weights = Weights(Recipe(config.precision, config.model))
+    recipe = Recipe(config.precision, config.model)
+    weights, backend = Weights(recipe), backends.of_run(config.precision.backend, recipe, device)
     groups_here = {member.parameter: member.group for member in every}
     parts = Parts(
         pool=pool,
@@ -153,7 +155,7 @@ def build(config: TrainConfig, data: Data, device: torch.device, world: World = 
         stream=data.train,
         loss=config.loss,
         groups=groups_here,
-        precision=Precision(weights, pool.views, groups_here),
+        precision=Precision(weights, pool.views, groups_here, backend),
         device=device,
         world=world,
         ownership=ownership,

@@ -25,6 +25,7 @@ from trainer.observe import Observer
 from trainer.parallel.apply import choose_kernels, describe_kernels
 from trainer.parallel.placement import SINGLE, Placement
 from trainer.parallel.world import World
+from trainer.precision import backends
 from trainer.precision.recipe import Recipe
 from trainer.progress import Progress
 from trainer.stop import Stop, on_signals
@@ -78,7 +79,7 @@ def train(
         found = None if new else _find_unfinished(config, session, world)
         if found is not None:
             return _resume(config, found, session, world, device)
-        kernels = describe_kernels(choose_kernels(config, device))
+        kernels = _kernels(config, device)
         data = read_together(world, lambda: read_data(config, session.say))
         # Before the folder: what is wrong with the optimizer's groups shows here, and then nothing has been created.
         built = build(config, data, device, world)
@@ -141,7 +142,7 @@ def resume(
 
 
 def _resume(config: TrainConfig, run_folder: RunFolder, session: Session, world: World, device: torch.device) -> int:
-    kernels = describe_kernels(choose_kernels(config, device))
+    kernels = _kernels(config, device)
     run_folder.lock()
     try:
         if run_folder.is_finished():
@@ -277,6 +278,15 @@ def _facts(config: TrainConfig, device: torch.device, kernels: str, data_fingerp
     recipe = Recipe(config.precision, config.model)
     precision = {} if recipe.is_plain else {"precision": recipe.hash()}
     return facts | precision | {"data_fingerprint": data_fingerprint}
+
+
+def _kernels(config: TrainConfig, device: torch.device) -> str:
+    """What serves in place of plain functions, and who multiplies numbers with formats if there are any."""
+    kernels, recipe = describe_kernels(choose_kernels(config, device)), Recipe(config.precision, config.model)
+    if recipe.is_plain:
+        return kernels
+    backend = backends.of_run(config.precision.backend, recipe, device)
+    return f"{kernels}; formats: {backends.describe(backend)}"
 
 
 def _total_tokens(built: Built) -> int:

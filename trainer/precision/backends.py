@@ -8,7 +8,7 @@ import torch
 
 from model.config import require
 from trainer.precision.config import BackEnd
-from trainer.precision.recipe import Formats
+from trainer.precision.recipe import Formats, Recipe
 
 EMULATED = "emulated"
 MODULES = {"torch": "blockscaled", "te": "te", EMULATED: "emulated"}
@@ -34,10 +34,22 @@ def module(name: str) -> ModuleType:
     return importlib.import_module(f"trainer.precision.{MODULES[name]}")
 
 
-def describe(name: str, table: Mapping[str, Formats]) -> str:
+def of_run(backend: BackEnd, recipe: Recipe, device: torch.device) -> str:
+    """`choose` for all that the parameters have at any time of a run; on the meta device, where nothing is computed,
+    the asked one."""
+    if device.type == "meta":
+        return EMULATED if backend == "auto" else backend
+    stages = {start: recipe.at(start) for start in recipe.stages}
+    table = {
+        name if start == 0 else f"{name} from {start} tokens on": formats
+        for start, found in stages.items()
+        for name, formats in found.items()
+    }
+    return choose(backend, table, device)
+
+
+def describe(name: str) -> str:
     """What multiplies, in one line that is the same if and only if the same code computes, as for kernels."""
-    if not _with_formats(table):
-        return "off"
     return EMULATED if name == EMULATED else module(name).describe()
 
 

@@ -10,7 +10,7 @@ from model.attention import GroupedLinear
 from model.experts import Experts
 from model.layers import Linear
 from model.transformer import Transformer
-from trainer.precision import emulated
+from trainer.precision import backends
 from trainer.precision.health import Watch
 from trainer.precision.weights import Weights
 
@@ -36,11 +36,13 @@ class _Seam:
 class Precision:
     """The formats of weights and products of all views of a model, as they are at a time of the run.
 
-    groups: of the parameters. watches: by group, what notes are taken of its operands.
+    groups: of the parameters. watches: by group, what notes are taken of its operands. backend: who multiplies.
     """
 
-    def __init__(self, weights: Weights, views: Sequence[Transformer], groups: Mapping[str, str]) -> None:
-        self.weights = weights
+    def __init__(
+        self, weights: Weights, views: Sequence[Transformer], groups: Mapping[str, str], backend: str = "emulated"
+    ) -> None:
+        self.weights, self._backend = weights, backends.module(backend)
         self.watches = {group: Watch() for group in sorted(set(groups.values()))}
         self._groups = groups
         self._seams = [
@@ -69,5 +71,5 @@ class Precision:
         for seam in self._seams:
             formats, serving = self.weights.table[seam.parameter], seam.plain
             if not formats.has_plain_products:
-                serving = getattr(emulated, seam.function)(formats, self.watches[self._groups[seam.parameter]])
+                serving = getattr(self._backend, seam.function)(formats, self.watches[self._groups[seam.parameter]])
             setattr(seam.module, seam.attribute, serving)
