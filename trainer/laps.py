@@ -49,7 +49,8 @@ class PassLaps:
 class StepSeconds:
     """Where a step's time went. forward, backward, reduce: summed over rows, divided by the rows side by side.
 
-    pipe: the rest of the rows' time where they go through stages: sending, and waiting for other stages.
+    pipe: the rest of the rows' time where they go through stages: sending, and waiting for other stages, until this
+    rank's last row is done. Waiting for the other ranks to come that far is in no part.
     exchange: bringing the ranks' sums together, and handing out new weights.
     """
 
@@ -63,8 +64,8 @@ class StepSeconds:
 
 
 def seconds_of(whole_step: Laps, rows: Sequence[Laps | PassLaps], threads: int, *, staged: bool) -> StepSeconds:
-    """Laps of the step: wait, rows, reduction, update, publishing; of a row: forward, backward, reduce."""
-    wait, whole_rows, reduction, update, publishing = whole_step.seconds()
+    """Laps of the step: wait, rows, meeting, reduction, update, publishing; of a row: forward, backward, reduce."""
+    wait, whole_rows, _, reduction, update, publishing = whole_step.seconds()
     side_by_side = max(min(threads, len(rows)), 1)
     by_part = zip(*(laps.seconds() for laps in rows), strict=True)
     forward, backward, reduce = (math.fsum(part) / side_by_side for part in by_part) if rows else (0.0, 0.0, 0.0)

@@ -18,7 +18,7 @@ METRICS = {
     "time/forward_s": "of which: forward passes and losses, summed over rows / rows that run side by side",
     "time/backward_s": "of which: backward passes, likewise",
     "time/reduce_s": "of which: adding the rows' gradients exactly, likewise",
-    "time/pipe_s": "of which: sending streams to other stages and waiting for theirs; 0 where a rank has all layers",
+    "time/pipe_s": "of which: moving streams and waiting for other stages; 0 where a rank has all layers",
     "time/exchange_s": "of which: rounding the sums, bringing those of all ranks together, handing out new weights",
     "time/update_s": "of which: clip and optimizer",
     "time/check_s": "of which: checksums of weights and optimizer state, 0 where none were due",

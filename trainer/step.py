@@ -132,6 +132,7 @@ def train_step(parts: Parts, plan: StepPlan, stopped: Callable[[], bool], verify
         results, row_laps = _run_alone(parts, plan, weights, rows_here, stopped)
     else:
         results, row_laps = _run_stage(parts, parts.pipeline, plan, weights, rows_here)
+    whole_step.mark()
     parts.world.beat.mark("reduction", row=None)
     verify()  # first: a flipped bit may be why a row is at fault
     _refuse_complaints(parts, plan, weights, [result for result in results if isinstance(result, Complaint)])
