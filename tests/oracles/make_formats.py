@@ -77,6 +77,7 @@ def inputs() -> dict[str, Tensor]:
         "normal": normal,
         "normal_bf16": few.bfloat16(),
         "wide": few * torch.randn(20, 150, generator=draw).mul(9).exp2(),
+        "tiny": few[:3] * 2.0**-138,
         "specials": specials(),
         "ties_e4m3": ties("e4m3"),
         "ties_e2m1": ties("e2m1"),

@@ -51,7 +51,8 @@ def wrong(case: Case, module: ModuleType = formats) -> int:
     codes = found.codes
     if case.format.element == "e2m1" and codes.shape != case.codes.shape:
         codes = module.pack(codes)
-    return int((codes != case.codes).sum() + (found.exponents != case.exponents).sum())
+    pairs = (codes, case.codes), (found.exponents, case.exponents)
+    return sum(int((ours != right).sum()) if ours.shape == right.shape else right.numel() for ours, right in pairs)
 
 
 def _cases(tensors: dict[str, Tensor], exponents: str) -> Iterator[Case]:
