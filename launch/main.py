@@ -14,7 +14,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-VERBS = ("train", "resume", "status", "report", "plan", "check", "config", "sample", "test")
+VERBS = ("train", "resume", "status", "report", "plan", "check", "config", "sample", "import", "export", "test")
 FOLDERS = ("configs", "launch", "trainer", "model", "optim", "data", "tests")
 COMPLAINT = re.compile(r".+? = .*: expected .+", re.DOTALL)
 """How an error that a user caused reads; another ValueError is a bug of ours and keeps its traceback."""

@@ -185,6 +185,8 @@ class InitConfig:
 
     std: float = 0.006
     hc_scale: float = 0.01
+    weights: str = ""
+    """A folder to begin at instead, what `keel import` made or a checkpoint (docs/conversion.md)."""
 
     def __post_init__(self) -> None:
         require(self.std > 0, "std", self.std, "a positive standard deviation; 0 leaves the mHC streams equal for ever")

@@ -34,6 +34,7 @@ from trainer.precision.recipe import Recipe
 from trainer.precision.serving import Precision
 from trainer.precision.weights import Weights
 from trainer.reader import Reader, restore
+from trainer.released.begin import begin
 from trainer.schedule import StepPlans
 from trainer.schedule_config import ScheduleConfig
 from trainer.step import Parts
@@ -111,12 +112,15 @@ def read_data(config: TrainConfig, report: Report) -> Data:
     return data
 
 
-def build(config: TrainConfig, data: Data, device: torch.device, world: World = ALONE) -> Built:
+def build(
+    config: TrainConfig, data: Data, device: torch.device, world: World = ALONE, *, begins: bool = False
+) -> Built:
     """Make the model with its initial values on the device, its views with their kernels, then optimizer and sums.
 
-    On many ranks each makes the part that it holds, and an optimizer of what it owns.
+    On many ranks each makes the part that it holds, and an optimizer of what it owns. begins: the initial values are
+    those of `config.init.weights`, if it names some.
     """
-    model = build_model(config, device, world)
+    model = build_model(config, device, world, begins=begins)
     exact = config.parallel.reduction == "exact"
     if world.expert.size > 1:
         apply_experts(model, world.expert, exact=exact)
@@ -193,7 +197,9 @@ def _sums(
     return FastSum(shapes, ownership, dtypes=dtypes, seed=config.seed, device=device)
 
 
-def build_model(config: TrainConfig, device: torch.device, world: World = ALONE) -> Transformer:
+def build_model(
+    config: TrainConfig, device: torch.device, world: World = ALONE, *, begins: bool = False
+) -> Transformer:
     """The model, or the part that this rank holds, with its initial values, on the device; on `meta` sizes alone."""
     number, share = config.model.n_routed_experts, world.place.expert
     each = number // world.mesh.expert
@@ -204,4 +210,6 @@ def build_model(config: TrainConfig, device: torch.device, world: World = ALONE)
         model = Transformer(config.model, DTYPES[config.precision.dtype], held, layers)
     if device.type != "meta":
         initialize(model, config.init, config.seed)
+    if begins and config.init.weights:
+        begin(model, config.init.weights)
     return model

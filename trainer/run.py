@@ -28,6 +28,8 @@ from trainer.parallel.world import World
 from trainer.precision import backends
 from trainer.precision.recipe import Recipe
 from trainer.progress import Progress
+from trainer.reader import Reader
+from trainer.released import begin as begun
 from trainer.stop import Stop, on_signals
 from trainer.together import read_together, require_alike
 from trainer.tracking import Tracker
@@ -82,8 +84,8 @@ def train(
         kernels = _kernels(config, device)
         data = read_together(world, lambda: read_data(config, session.say))
         # Before the folder: what is wrong with the optimizer's groups shows here, and then nothing has been created.
-        built = build(config, data, device, world)
-        facts = _facts(config, device, kernels, data.fingerprint)
+        built = build(config, data, device, world, begins=True)
+        facts = _facts(config, device, kernels, data.fingerprint) | begun.facts(config.init)
         require_alike(world, facts)
         made = _make_folder(config, overrides, facts, world)
         world.beat.follow(made.path)
@@ -153,8 +155,11 @@ def _resume(config: TrainConfig, run_folder: RunFolder, session: Session, world:
         if not session.allow_changes:
             require_alike(world, facts)
         changes = _refuse_changes(run_folder.provenance, facts, session)
-        built = build(config, data, device, world)
-        saved_step, more = _restore(built, run_folder, facts, session)
+        saved = checkpoint.recover(run_folder.checkpoints, session.say, world.control)
+        if saved is None:
+            begun.require_same(config.init, run_folder.provenance)
+        built = build(config, data, device, world, begins=saved is None)
+        saved_step, more = _restore(built, saved, facts, session)
         changes = list(dict.fromkeys([*changes, *more]))
         for change in changes:
             session.say(f"bit-equality is off from here on: {change}")
@@ -167,13 +172,12 @@ def _resume(config: TrainConfig, run_folder: RunFolder, session: Session, world:
 
 
 def _restore(
-    built: Built, run_folder: RunFolder, facts: Mapping[str, Any], session: Session
+    built: Built, saved: Reader | None, facts: Mapping[str, Any], session: Session
 ) -> tuple[int | None, list[str]]:
     """The step of the newest checkpoint that verifies, None without one, and what may change the bits after it.
 
     Its tensors are read one after the other into their places, so that none of them is held besides.
     """
-    saved = checkpoint.recover(run_folder.checkpoints, session.say, built.parts.world.control)
     if saved is None:
         return None, []
     changes = _refuse_changes(saved.state["facts"], facts, session)

@@ -44,7 +44,7 @@ def sample_run(
     Raises ValueError where there is none or it is damaged.
     """
     device = settle(config)
-    saved = _open(run_folder, at_step)
+    saved = open_checkpoint(run_folder, at_step)
     data = read_data(config, lambda line: None)
     model = build_model(config, device)
     restore_model(model, saved)
@@ -52,7 +52,8 @@ def sample_run(
     return saved.step, generate(model, data.tokenizer, prompts, sampling, mode, seed)
 
 
-def _open(run_folder: RunFolder, at_step: int | None) -> Reader:
+def open_checkpoint(run_folder: RunFolder, at_step: int | None) -> Reader:
+    """The run's checkpoint of this step, else the newest that verifies; ValueError where there is none."""
     if at_step is None:
         found = checkpoint.newest_valid(run_folder.checkpoints, lambda line: None)
         if found is None:

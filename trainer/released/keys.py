@@ -2,12 +2,10 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict
-from pathlib import Path
+from dataclasses import asdict, fields
 from typing import Any
 
 from model.config import ModelConfig
-from model.names import config_from_keys
 from trainer.released.layout import Variant
 
 FP8: Mapping[str, Any] = {
@@ -37,12 +35,9 @@ def config_text(config: ModelConfig, variant: Variant, like: tuple[str, Variant]
     return json.dumps(keys, indent=2) + "\n"
 
 
-def require_same(config: ModelConfig, path: Path, raw: Mapping[str, Any]) -> None:
-    """Raise ValueError naming the first key in which another folder's model is not this one."""
-    mine, other = asdict(config), asdict(config_from_keys(path, raw))
-    for key, value in mine.items():
-        if other[key] != value:
-            raise ValueError(f"{path}: {key} = {other[key]!r}: expected {value!r}, as the model has it")
+def first_difference(mine: ModelConfig, other: ModelConfig) -> str | None:
+    """The first key in which two models differ."""
+    return next((one.name for one in fields(mine) if getattr(mine, one.name) != getattr(other, one.name)), None)
 
 
 def _of_model(config: ModelConfig) -> dict[str, Any]:
