@@ -14,6 +14,8 @@ from trainer.parallel.mesh import Mesh
 from trainer.run import train
 
 SOONER = (
+    "test_backends.py::test_each_view",
+    "test_backends.py::test_each_rank_has_the_weights_of_the_step[expert]",
     "test_check.py::test_a_right_layout",
     "test_corruption.py::test_two_replicas",
     "test_fast.py::test_sums_of_owners",

@@ -1,4 +1,4 @@
-"""Proves that the same command trains on one GPU in bf16: the loss falls, and a resumed run has the same bits."""
+"""Proves that the same command trains on one GPU, in FP8 and FP4, too: the loss falls, a resumed run has the same bits."""
 
 import multiprocessing
 from pathlib import Path
@@ -11,10 +11,10 @@ from trainer.folder import RunFolder
 DEVICE = "cuda"
 
 
-def words(corpus: Path, runs_dir: Path) -> list[str]:
+def words(corpus: Path, runs_dir: Path, precision: str) -> list[str]:
     """The debug model over the made-up texts for ten steps of 2,048 tokens, through all three attention stages."""
     values = {
-        "precision": "bf16",
+        "precision": precision,
         "device": DEVICE,
         "runs_dir": runs_dir,
         "data": "text",
@@ -38,12 +38,13 @@ def words(corpus: Path, runs_dir: Path) -> list[str]:
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["bf16", "fp8", "fp8_fp4"])
 def test_the_same_command_trains_on_a_gpu(
-    corpus: Path, tmp_path: Path, processes: multiprocessing.context.BaseContext
+    precision: str, corpus: Path, tmp_path: Path, processes: multiprocessing.context.BaseContext
 ) -> None:
     runs: list[RunFolder] = []
     for name, rows_before in (("whole", None), ("interrupted", 21)):
-        command, log = ["train", *words(corpus, tmp_path / name)], tmp_path / f"{name}.log"
+        command, log = ["train", *words(corpus, tmp_path / name, precision)], tmp_path / f"{name}.log"
         if rows_before is not None:
             child = processes.Process(target=children.command_with_a_slow_row, args=(command, log, rows_before))
             child.start()
@@ -57,7 +58,9 @@ def test_the_same_command_trains_on_a_gpu(
         assert child.exitcode == 0, log.read_text()
         runs.append(tiny.only_run(tmp_path / name))
     assert runs[0].provenance["device"] == DEVICE
-    assert "going on after step 4" in (tmp_path / "interrupted.log").read_text()
+    log = (tmp_path / "interrupted.log").read_text()
+    assert "going on after step 4" in log
+    assert ("formats: " in log) == (precision != "bf16")
     rows = tiny.metrics_rows(runs[0])
     assert [row["step"] for row in rows] == list(range(1, 11))
     assert rows[-1]["loss/lm"] < 0.9 * rows[0]["loss/lm"]

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from trainer.precision import blockscaled, products
 from trainer.precision.elements import E2M1_1X32, E4M3_1X128, E4M3_128X1, E4M3_128X128, E4M3_OF_FP4
 from trainer.precision.formats import rounded
 from trainer.precision.recipe import Formats
@@ -87,3 +88,9 @@ def operands(counts: list[int], D: int, out: int, dtype: torch.dtype, device: st
     weight = rounded(torch.randn(len(counts), out, D, generator=draw) * 0.02, E4M3_128X128)
     grad = torch.randn(sum(counts), out, generator=draw) * 1e-3
     return {name: one.to(device, dtype) for name, one in {"x": x, "weight": weight, "grad": grad}.items()}
+
+
+def stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The back end `torch` serves on a CPU, its products made by the stand-in."""
+    monkeypatch.setattr(F, "scaled_mm", scaled_mm)
+    monkeypatch.setattr(blockscaled, "refusal", lambda formats, device: products.refusal(formats))
