@@ -1,4 +1,4 @@
-"""Proves that the same command trains on one GPU, with formats, too: the loss falls, a resumed run has the same bits."""
+"""Proves that the same command trains on one GPU, with formats too: the loss falls, a resumed run has the same bits."""
 
 import multiprocessing
 from pathlib import Path
