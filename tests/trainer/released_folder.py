@@ -108,3 +108,40 @@ def stored_bytes(folder: Path) -> dict[str, tuple[str, tuple[int, ...], str]]:
                 content = tensor.reshape(-1).view(torch.uint8).numpy().tobytes()
                 found[name] = str(tensor.dtype), tuple(tensor.shape), hashlib.sha256(content).hexdigest()
     return found
+
+
+E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
+
+
+def numbers(stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What stored tensors stand for, fp64 (int64 of tid2eid), by the words of the released format alone."""
+    found = {}
+    for name, tensor in stored.items():
+        scale = stored.get(name.removesuffix("weight") + "scale")
+        if name.endswith(".scale"):
+            continue
+        if tensor.dtype == torch.int64 or scale is None:
+            found[name] = tensor if tensor.dtype == torch.int64 else tensor.double()
+            continue
+        if scale.dtype == torch.float8_e8m0fnu:
+            scale = torch.from_numpy(np.exp2(scale.view(torch.uint8).numpy().astype(np.float64) - 127))
+        values, block = tensor.double() if tensor.dtype != torch.int8 else _fp4(tensor), (128, 128)
+        if tensor.dtype == torch.int8:
+            block = (1, 32)
+        rows, columns = values.shape
+        row_R, column_C = torch.arange(rows) // block[0], torch.arange(columns) // block[1]
+        found[name] = values * scale.double()[row_R][:, column_C]
+    return found
+
+
+def _fp4(packed: Tensor) -> Tensor:
+    """[out, in]: the low nibble is the even column."""
+    found = np.empty((packed.shape[0], 2 * packed.shape[1]))
+    bytes_RC = packed.view(torch.uint8).numpy()
+    found[:, 0::2], found[:, 1::2] = np.take(E2M1, bytes_RC % 16), np.take(E2M1, bytes_RC // 16)
+    return torch.from_numpy(found)
+
+
+def same(left: Tensor, right: Tensor) -> bool:
+    """Equal, and zeros of one sign."""
+    return torch.equal(left, right) and torch.equal(left.signbit(), right.signbit())

@@ -83,8 +83,8 @@ def make(
         with _locked(working / JOURNAL, out):
             done = _files(working, what, files, say, out)
             finish(working, done)
-            (working / JOURNAL).unlink()
             durable.sync(working)
+            (working / JOURNAL).unlink()
             working.rename(out)
             durable.sync(out.parent)
             return done
@@ -92,6 +92,9 @@ def make(
         if error.filename is not None and not Path(error.filename).is_relative_to(out.parent):
             raise
         kept = f"; {working} keeps what is whole, the same command goes on with it"
+        if {path.name for path in working.glob("*")} <= {JOURNAL}:
+            shutil.rmtree(working, ignore_errors=True)
+            kept = ""
         raise ValueError(f"OUT = {out}: expected a disk that takes it ({error.strerror or error}){kept}") from error
     except _OtherError as error:
         raise ValueError(str(error)) from None

@@ -33,7 +33,7 @@ class Source:
 def import_folder(path: Path, out: Path, say: job.Say) -> Result:
     """Import the released folder at `path`; the rows of the report and a summary."""
     folder = ReleasedFolder(path)
-    rows = imported.run_import(folder, out, say)
+    rows = imported.run_import(folder, out, say, imported.FILE_BYTES)
     return rows, {
         "imported": str(out),
         "format": folder.variant,

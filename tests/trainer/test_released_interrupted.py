@@ -1,0 +1,104 @@
+"""Proves that a conversion that was broken off goes on: whole files stay, others are written again."""
+
+import errno
+import fcntl
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from launch.main import main
+from tests.trainer import released_folder as made
+from tests.trainer.test_released_refused import folder, refused
+
+__all__ = ["folder"]
+
+
+def test_a_full_disk_keeps_whole_files_and_the_same_command_goes_on(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """After half a megabyte there is no room; later the two files that were whole are not written again."""
+    monkeypatch.chdir(folder.parent)
+    assert main(["import", "released", "import"]) == 0
+    capsys.readouterr()
+    words, pwrite, room = ["export", "import", "out", "--shard-bytes", "200000"], os.pwrite, 500_000
+
+    def limited(file: int, content: memoryview, start: int) -> int:
+        nonlocal room
+        room -= content.nbytes
+        if room < 0:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return pwrite(file, content, start)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "pwrite", limited)
+        assert refused(words, capsys) == (
+            "OUT = out: expected a disk that takes it (No space left on device); "
+            ".writing-out keeps what is whole, the same command goes on with it"
+        )
+    assert sorted(os.listdir()) == [".writing-out", "import", "released"]
+    lines = Path(".writing-out/journal.jsonl").read_text().splitlines()
+    whole = [json.loads(line)["file"]["name"] for line in lines[1:]]
+    before = {name: (Path(".writing-out") / name).stat() for name in whole}
+    assert len(whole) == 2
+    assert refused([*words[:-1], "300000"], capsys) == (
+        "OUT = out: expected no unfinished folder .writing-out of something else; delete it, or give its words again"
+    )
+    content = bytearray((Path(".writing-out") / whole[1]).read_bytes())
+    content[-1] ^= 1
+    (Path(".writing-out") / whole[1]).write_bytes(content)
+    assert main(words) == 0
+    assert f"{whole[0]} is there already" in capsys.readouterr().err
+    assert (Path("out") / whole[0]).stat().st_mtime_ns == before[whole[0]].st_mtime_ns
+    assert (Path("out") / whole[1]).stat().st_mtime_ns != before[whole[1]].st_mtime_ns, "it was damaged meanwhile"
+    assert made.stored_bytes(Path("out")) == made.stored_bytes(folder)
+    assert sorted(os.listdir()) == ["import", "out", "released"]
+    rows = [json.loads(line)["name"] for line in Path("out/report.jsonl").read_text().splitlines()]
+    assert len(rows) == len(set(rows)) == len(made.numbers(made.tensors(made.config())))
+
+
+@pytest.mark.parametrize("verb", ["import", "export"])
+def test_a_kill_at_any_file_is_gone_on_from(
+    verb: str, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Broken off before any of its changes to the disk, like a kill: the same command makes the same folder."""
+    monkeypatch.chdir(folder.parent)
+    monkeypatch.setattr("trainer.released.imported.FILE_BYTES", 2_000_000)
+    if verb == "export":
+        assert main(["import", "released", "import"]) == 0
+    words = {"import": ["import", "released", "out"], "export": ["export", "import", "out", "--shard-bytes", "400000"]}
+    fsync, left = os.fsync, 0
+
+    def killed(file: int) -> None:
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise KeyboardInterrupt
+        fsync(file)
+
+    monkeypatch.setattr(os, "fsync", killed)
+    ends = []
+    while not Path("out").exists():
+        left = len(ends)
+        ends.append(main(words[verb]))
+    assert len(ends) > 8
+    assert set(ends) == {130}, "the last one when all was done but syncing the new name"
+    assert ".writing-out" not in os.listdir()
+    assert "journal.jsonl" not in os.listdir("out")
+    left = 1000
+    if verb == "import":
+        assert main(["export", "out", "back"]) == 0
+    assert made.stored_bytes(Path("back" if verb == "import" else "out")) == made.stored_bytes(folder)
+
+
+def test_two_do_not_write_one_folder(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(folder.parent)
+    Path(".writing-out").mkdir()
+    with Path(".writing-out/journal.jsonl").open("ab") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        line = refused(["import", "released", "out"], capsys)
+    assert line == "OUT = out: expected a folder that no other process is writing"
+    assert sorted(os.listdir()) == [".writing-out", "released"]
