@@ -1,12 +1,15 @@
 """Compiles kernels for NVIDIA Hopper on a machine without a GPU; a program, because the interpreter is per process.
 
 Twins are called on tensors of the device `meta`, forwards and backwards; a launch compiles, for the types and sizes at
-hand, and does nothing more. Prints one JSON line per kernel: what its cubin needs.
+hand, and does nothing more. Prints one JSON line per kernel: what its cubin needs. Whose: the argument, a module with
+CALLS, or those of the model.
 """
 
+import importlib
 import json
 import re
 import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -77,10 +80,9 @@ def lines(compiled: dict[str, Any]) -> Iterator[dict[str, Any]]:
 
 
 def main() -> None:
-    from tests.model.kernels.calls import CALLS
-
+    calls = importlib.import_module(sys.argv[1] if len(sys.argv) > 1 else "tests.model.kernels.calls")
     compiled = compile_only()
-    for call in CALLS:
+    for call in calls.CALLS:
         for dtype in (torch.bfloat16, torch.float32):
             call(dtype)
     for line in lines(compiled):

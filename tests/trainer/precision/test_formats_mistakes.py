@@ -1,7 +1,5 @@
 """Deliberate mistakes in the text of formats.py: the golden set, or codes that must come back, must show each."""
 
-import importlib.util
-import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -9,6 +7,7 @@ import pytest
 import torch
 
 from tests.trainer.precision.golden import golden, wrong
+from tests.trainer.precision.mistaken import mistaken
 from trainer.precision import formats
 from trainer.precision.elements import E2M1_1X32
 
@@ -76,23 +75,6 @@ UNSEEN_BY_CODES: dict[str, tuple[tuple[str, str], ...]] = {
 """In packing, decoding and encoding at a given scale."""
 
 
-def mistaken(folder: Path, changes: tuple[tuple[str, str], ...]) -> ModuleType:
-    """A copy of formats.py with pieces of its text replaced; each piece must occur exactly once."""
-    text = Path(str(formats.__file__)).read_text(encoding="utf-8")
-    for piece, instead in changes:
-        assert text.count(piece) == 1, f"{piece!r} occurs {text.count(piece)} times, expected 1"
-        text = text.replace(piece, instead)
-    path = folder / "mistaken_formats.py"
-    path.write_text(text, encoding="utf-8")
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[path.stem] = module
-    spec.loader.exec_module(module)
-    return module
-
-
 def all_wrong(module: ModuleType) -> int:
     """Codes and exponents of the golden set that differ."""
     return sum(wrong(case, module) for case in golden())
@@ -113,16 +95,16 @@ def comes_back(module: ModuleType) -> bool:
 
 
 def test_without_a_mistake_nothing_is_wrong(tmp_path: Path) -> None:
-    module = mistaken(tmp_path, ())
+    module = mistaken(tmp_path, formats, ())
     assert all_wrong(module) == 0
     assert comes_back(module)
 
 
 @pytest.mark.parametrize("name", MISTAKES)
 def test_a_mistake_is_seen(name: str, tmp_path: Path) -> None:
-    assert all_wrong(mistaken(tmp_path, MISTAKES[name])) > 0
+    assert all_wrong(mistaken(tmp_path, formats, MISTAKES[name])) > 0
 
 
 @pytest.mark.parametrize("name", UNSEEN_BY_CODES)
 def test_a_mistake_on_the_way_back_is_seen(name: str, tmp_path: Path) -> None:
-    assert not comes_back(mistaken(tmp_path, UNSEEN_BY_CODES[name]))
+    assert not comes_back(mistaken(tmp_path, formats, UNSEEN_BY_CODES[name]))
