@@ -63,10 +63,10 @@ def main() -> int:
     recipe = compose(["recipe=flash", f"device={where.device.type}"]).config
     settle(recipe)
     flash = recipe.model
-    config, lengths = (_tiny(flash), (32, 64)) if where.quick else (_slice(flash), LENGTHS)
+    config, lengths = (tiny_of(flash), (32, 64)) if where.quick else (slice_of(flash), LENGTHS)
     found = gpu.ceilings(where)
     torch.manual_seed(0)
-    model = _model(config, where)
+    model = build(config, where)
     rows = [line for T in lengths for line in _steps(model, T, where, found)]
     optimizer = _muon(model, where)
     million = sum(parameter.numel() for parameter in model.parameters()) / 1e6
@@ -80,7 +80,7 @@ def main() -> int:
     return 1 if failures or isinstance(optimizer, str) else 0
 
 
-def _slice(flash: ModelConfig) -> ModelConfig:
+def slice_of(flash: ModelConfig) -> ModelConfig:
     """V4-Flash cut to what one GPU holds; every width is the released one."""
     return replace(
         flash,
@@ -93,10 +93,10 @@ def _slice(flash: ModelConfig) -> ModelConfig:
     )
 
 
-def _tiny(flash: ModelConfig) -> ModelConfig:
+def tiny_of(flash: ModelConfig) -> ModelConfig:
     """The same layers with widths at which the interpreter shows that the program runs."""
     return replace(
-        _slice(flash),
+        slice_of(flash),
         vocab_size=64,
         hidden_size=16,
         num_attention_heads=2,
@@ -118,7 +118,8 @@ def _tiny(flash: ModelConfig) -> ModelConfig:
     )
 
 
-def _model(config: ModelConfig, where: gpu.Place) -> Transformer:
+def build(config: ModelConfig, where: gpu.Place) -> Transformer:
+    """With its initial values, on the device."""
     model = Transformer(config, torch.float32 if where.device.type == "cpu" else torch.bfloat16)
     initialize(model, InitConfig(), 0)
     model.to(where.device)
@@ -137,7 +138,7 @@ def _steps(model: Transformer, T: int, where: gpu.Place, found: gpu.Ceilings) ->
         if who == "transformers" and importlib.util.find_spec("transformers") is None:
             yield (f"{T}", who, "not installed", "-", "-", "-"), None
             continue
-        measured = _measure(lambda who=who, make=make: make(model, who, T, where), where)
+        measured = measure(lambda who=who, make=make: make(model, who, T, where), where)
         if isinstance(measured, str):
             yield (f"{T}", who, measured, "-", "-", "-"), None
             continue
@@ -147,7 +148,7 @@ def _steps(model: Transformer, T: int, where: gpu.Place, found: gpu.Ceilings) ->
         yield cells, flop / step_s if who == "triton" else None
 
 
-def _measure(prepare: Callable[[], Callable[[], object]], where: gpu.Place) -> tuple[float, int] | str:
+def measure(prepare: Callable[[], Callable[[], object]], where: gpu.Place) -> tuple[float, int] | str:
     """Seconds and bytes of a step, or why there are none."""
     gc.collect()
     if where.device.type == "cuda":
@@ -165,8 +166,13 @@ def _measure(prepare: Callable[[], Callable[[], object]], where: gpu.Place) -> t
 def _ours(model: Transformer, who: str, T: int, where: gpu.Place) -> Callable[[], object]:
     view = view_of(model)
     apply_kernels(view, serving(model.dtype) if who == "triton" else ())
+    return step_of(view, T, where)
+
+
+def step_of(view: Transformer, T: int, where: gpu.Place) -> Callable[[], object]:
+    """Forward and backward of one row of T tokens with all losses, each layer computed again in the backward pass."""
     apply_recompute(view, ("block",))
-    batch = _batch(model.config, T, where)
+    batch = _batch(view.config, T, where)
     counts = count(batch.target_BT, batch.document_BT, batch.position_BT)
     weights = row.weigh(counts, mtp=0.0, balance=1e-4, indexer=1.0)
 
@@ -217,7 +223,7 @@ def _muon(model: Transformer, where: gpu.Place) -> float | str:
         optimizer = Optimizer(weights, matrices, OptimConfig())
         return lambda: optimizer.step(gradients, rate=1e-4)
 
-    measured = _measure(prepare, where)
+    measured = measure(prepare, where)
     return measured if isinstance(measured, str) else measured[0]
 
 

@@ -11,6 +11,7 @@ from tests.benchmarks.programs import run
     [
         ("gpu_kernels", ("mHC enter", "SwiGLU", "experts' products", "pool HCA", "attend CSA, selected", "select")),
         ("gpu_step", ("triton", "plain", "share of a step")),
+        ("gpu_precision", ("computes here", "w1 of 32 experts", "to bf16", "fp8_fp4", "held out")),
         ("newton_schulz", ("plain", "symmetric", "Gram", "bf16")),
     ],
 )

@@ -84,10 +84,10 @@ def rows_of(coded: Coded, groups: Groups) -> list[Operand]:
     ]
 
 
-def columns_of(coded: Coded, groups: Groups) -> list[Operand]:
-    """Codes [Q, C] of blocks 128x1, in their groups' places, as an operand [C, rows of the group] for each."""
-    codes = filled(coded.codes, 1, OUTER).mT.contiguous()
-    scales = _scales(F.pad(coded.exponents, (0, -coded.exponents.shape[-1] % OUTER)))
+def columns_of(turned: Coded, groups: Groups) -> list[Operand]:
+    """Codes [C, Q] of blocks along rows, which are in their groups' places, as an operand for each that has rows."""
+    codes = filled(turned.codes, OUTER, 1)
+    scales = _scales(filled(turned.exponents, OUTER, 1).mT.contiguous())
     return [
         Operand(codes=codes[:, span], scales=scales[span.start // SIDE : span.stop // SIDE])
         for span in groups.spans.values()

@@ -1,10 +1,14 @@
 """The three products of `emulated.py` by block-scaled tensor-core products: what the back ends torch and te share.
 
-Codes and scales are made by `formats.py` and are the same in every back end; only who multiplies differs, and with it
-the order of the sums. Linear maps, maps side by side and experts are all groups of rows with a weight each.
+Codes and scales are ours and the same in every back end, by kernels on a GPU that has triton; only who multiplies
+differs, and with it the order of the sums. Linear maps, maps side by side and experts are all groups of rows with a
+weight each.
 """
 
+import importlib
+import importlib.util
 from collections.abc import Callable, Sequence
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -21,6 +25,7 @@ Multiply = Callable[[Sequence[tuple[Operand, Operand]], torch.dtype], Sequence[T
 """a b^T of each pair in fp32 or bf16; a's blocks are 1x128, b's 1x128 or 128x128."""
 BLOCKS = {"input": (1, 128), "grad": (1, 128), "wgrad_input": (128, 1), "wgrad_grad": (128, 1)}
 DTYPES = (torch.float32, torch.bfloat16)
+KEPT = ("codes", "exponents")
 
 
 def refusal(formats: Formats) -> str:
@@ -59,12 +64,12 @@ def side_by_side(multiply: Multiply, formats: Formats, watch: Watch) -> Linear:
 
 def grouped(multiply: Multiply, formats: Formats, watch: Watch) -> Grouped:
     """As `emulated.grouped`."""
-    kept = Kept()
+    kept, makes = Kept(), casts()
 
     def product(x_PD: Tensor, w_EFD: Tensor, counts: list[int]) -> Tensor:
         if x_PD.dtype not in DTYPES:
             raise TypeError(f"block-scaled products: expected fp32 or bf16, found {x_PD.dtype}; see precision.backend")
-        return _Products.apply(x_PD, w_EFD, Groups(counts), formats, watch, multiply, kept)
+        return _Products.apply(x_PD, w_EFD, Groups(counts), formats, watch, multiply, kept, makes)
 
     return product
 
@@ -80,12 +85,14 @@ class _Products(torch.autograd.Function):
         watch: Watch,
         multiply: Multiply,
         kept: Kept,
+        makes: ModuleType,
     ) -> Tensor:
-        coded = _coded(x_PD, formats.input, "input", watch)
+        coded = makes.cast_rows(x_PD, _floor(formats.input))
+        _note(watch, "input", x_PD, formats.input)
         weights = kept.of(w_EFD)
-        ctx.groups, ctx.formats, ctx.watch, ctx.multiply, ctx.weights = groups, formats, watch, multiply, weights
-        ctx.like = w_EFD.shape, w_EFD.dtype, x_PD.dtype
-        ctx.save_for_backward(*((coded.codes, coded.exponents) if ctx.needs_input_grad[1] else ()))
+        ctx.groups, ctx.formats, ctx.watch, ctx.multiply, ctx.makes = groups, formats, watch, multiply, makes
+        ctx.weights, ctx.shape, ctx.dtype = weights, w_EFD.shape, w_EFD.dtype
+        ctx.save_for_backward(*((getattr(coded, name) for name in KEPT) if ctx.needs_input_grad[1] else ()))
         pairs = zip(rows_of(coded, groups), _of(weights.forwards, groups), strict=True)
         return groups.gather(multiply(list(pairs), x_PD.dtype), w_EFD.shape[1], x_PD)
 
@@ -94,24 +101,27 @@ class _Products(torch.autograd.Function):
         groups, formats, watch = ctx.groups, ctx.formats, ctx.watch
         grad_x = grad_w = None
         if ctx.needs_input_grad[0]:
-            rows = rows_of(_coded(grad_PF, formats.grad, "grad", watch), groups)
+            _note(watch, "grad", grad_PF, formats.grad)
+            rows = rows_of(ctx.makes.cast_rows(grad_PF, _floor(formats.grad)), groups)
             pairs = list(zip(rows, _of(ctx.weights.backwards, groups), strict=True))
-            grad_x = groups.gather(ctx.multiply(pairs, grad_PF.dtype), ctx.like[0][2], grad_PF)
+            grad_x = groups.gather(ctx.multiply(pairs, grad_PF.dtype), ctx.shape[2], grad_PF)
         if ctx.needs_input_grad[1]:
             grad_w = _of_weight(ctx, grad_PF)
-        return grad_x, grad_w, None, None, None, None, None
+        return grad_x, grad_w, None, None, None, None, None, None
 
 
 def _of_weight(ctx: Any, grad_PF: Tensor) -> Tensor:
     """dW of each group: its rows' gradients by its rows, both rounded in blocks along the rows."""
-    groups, formats = ctx.groups, ctx.formats
-    shape, dtype, type_of_x = ctx.like
-    codes, exponents = ctx.saved_tensors
-    taken_PD = decode(Coded(codes=codes, exponents=exponents), formats.input, type_of_x)
-    of_grad = columns_of(_coded(groups.spread(grad_PF), formats.wgrad_grad, "wgrad_grad", ctx.watch), groups)
-    of_input = columns_of(encode(groups.spread(taken_PD), formats.wgrad_input), groups)
-    parts = ctx.multiply(list(zip(of_grad, of_input, strict=True)), dtype)
-    grad_EFD = torch.zeros(shape, dtype=dtype, device=grad_PF.device)
+    groups, formats, makes, shape = ctx.groups, ctx.formats, ctx.makes, ctx.shape
+    taken = Coded(**{name: groups.spread(one) for name, one in zip(KEPT, ctx.saved_tensors, strict=True)})
+    grad_QF = groups.spread(grad_PF)
+    _note(ctx.watch, "wgrad_grad", grad_QF, formats.wgrad_grad)
+    of_grad = columns_of(makes.cast_columns(grad_QF, _floor(formats.wgrad_grad)), groups)
+    of_input = columns_of(makes.recast_columns(taken, _floor(formats.wgrad_input)), groups)
+    parts = ctx.multiply(list(zip(of_grad, of_input, strict=True)), ctx.dtype)
+    if len(parts) == shape[0] == 1:
+        return parts[0][: shape[1], : shape[2]].unsqueeze(0)
+    grad_EFD = torch.zeros(shape, dtype=ctx.dtype, device=grad_PF.device)
     for group, part in zip(groups.spans, parts, strict=True):
         grad_EFD[group] = part[: shape[1], : shape[2]]
     return grad_EFD
@@ -121,9 +131,18 @@ def _of(operands: Sequence[Operand], groups: Groups) -> list[Operand]:
     return [operands[group] for group in groups.spans]
 
 
-def _coded(x: Tensor, format: Format | None, operand: str, watch: Watch) -> Coded:
+def casts() -> ModuleType:
+    """Who makes codes: kernels, or the plain functions, whose bits are the same."""
+    by_kernels = torch.cuda.is_available() and importlib.util.find_spec("triton") is not None
+    return importlib.import_module(f"trainer.precision.{'kernels' if by_kernels else 'casts'}")
+
+
+def _floor(format: Format | None) -> float:
     assert format is not None  # see `refusal`
-    coded = encode(x, format)
-    if watch.on:
+    return format.floor
+
+
+def _note(watch: Watch, operand: str, x: Tensor, format: Format | None) -> None:
+    if watch.on and format is not None:
+        coded = encode(x, format)
         watch.note(operand, x, decode(coded, format, x.dtype), coded)
-    return coded

@@ -5,6 +5,7 @@ Here a stand-in for torch's call computes; on a GPU `test_gpu.py` asks the real 
 
 from collections.abc import Callable
 from dataclasses import replace
+from importlib import import_module
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from tests.trainer.precision.hopper import FP8, FP8_FP4, on_hopper, operands, scaled_mm
-from trainer.precision import blockscaled, emulated
+from trainer.precision import blockscaled, emulated, products
 from trainer.precision import operands as layouts
 from trainer.precision.elements import E2M1_1X32, E4M3_128X128
 from trainer.precision.health import Watch, seen
@@ -72,6 +73,15 @@ def test_maps_side_by_side_equal_the_emulated_ones() -> None:
         three(back.side_by_side(FP8, Watch()), x, given["weight"], grad) for back in (blockscaled, emulated)
     )
     assert_equal(found, expected)
+
+
+def test_kernels_make_the_codes_of_the_plain_casts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU, here in Triton's interpreter: not a bit of any product is another."""
+    given, found = operands(RAGGED, 200, 72, torch.float32), []
+    for casts in ("casts", "kernels"):
+        monkeypatch.setattr(products, "casts", lambda casts=casts: import_module(f"trainer.precision.{casts}"))
+        found.append(three(lambda x, w: blockscaled.grouped(FP8, Watch())(x, w, RAGGED), **given))
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
 
 
 def test_no_rows_at_all() -> None:
