@@ -119,6 +119,10 @@ class Optimizer:
             if name in self._rounded and (name in names or name.partition("[")[0] in names):
                 weight.copy_(self._of_master(name, master))
 
+    def master(self, parameter: str) -> Tensor:
+        """What is updated of a parameter: its master, or itself."""
+        return self._masters[parameter]
+
     def masters(self) -> Iterator[tuple[Member, Tensor, Tensor]]:
         """Member, weight and master of all that have a master of their own."""
         for member in self.members:

@@ -33,6 +33,7 @@ from trainer.precision import backends
 from trainer.precision.recipe import Recipe
 from trainer.precision.serving import Precision
 from trainer.precision.weights import Weights
+from trainer.precision.wire import Wire
 from trainer.reader import Reader, restore
 from trainer.released.begin import begin
 from trainer.schedule import StepPlans
@@ -75,9 +76,7 @@ class Built:
 
     def enter(self, done: int, *, anew: bool) -> None:
         """Take up the formats of the step after `done` steps; anew: those of the restored weights may be others."""
-        last = self.plans[min(done, len(self.plans)) - 1]
-        tokens = last.tokens + last.rows * last.row_length if done else 0
-        self.parts.precision.enter(tokens)
+        self.parts.precision.enter(schedule.after(self.plans[done - 1]) if done else 0)
         if anew:
             rounded = self.parts.precision.weights.recipe.rounded()
             self.parts.optimizer.write(rounded)
@@ -141,21 +140,23 @@ def build(
     recipe = Recipe(config.precision, config.model)
     weights, backend = Weights(recipe), backends.of_run(config.precision.backend, recipe, device)
     groups_here = {member.parameter: member.group for member in every}
+    optimizer = Optimizer(
+        {ownership.key(span): ownership.rows(span, shared[span.parameter].detach()) for span in ownership.spans},
+        ownership.members(),
+        config.optim,
+        pool.plain_map,
+        known={member.group for member in every},
+        totals=world.totals,
+        counted=ownership.counted(),
+        of_master=weights.of_master,
+        rounded=weights.recipe.rounded(),
+    )
+    ways = ownership, Wire(weights), optimizer.master
     parts = Parts(
         pool=pool,
-        optimizer=Optimizer(
-            {ownership.key(span): ownership.rows(span, shared[span.parameter].detach()) for span in ownership.spans},
-            ownership.members(),
-            config.optim,
-            pool.plain_map,
-            known={member.group for member in every},
-            totals=world.totals,
-            counted=ownership.counted(),
-            of_master=weights.of_master,
-            rounded=weights.recipe.rounded(),
-        ),
+        optimizer=optimizer,
         sums=sums,
-        handout=Handout(ownership) if exact else EarlyHandout(ownership, model),
+        handout=Handout(*ways) if exact else EarlyHandout(*ways, model),
         stream=data.train,
         loss=config.loss,
         groups=groups_here,

@@ -6,7 +6,7 @@ meshes send.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from model.config import AttentionMode
@@ -16,7 +16,9 @@ from trainer.config import TrainConfig
 from trainer.parallel.stages import Part
 from trainer.plan_memory import DTYPE_BYTES, FP32_BYTES, FP64_BYTES, INT64_BYTES, Tensors, is_trained
 from trainer.plan_rows import rows_of_column, stream_bytes
-from trainer.schedule import StepPlan
+from trainer.precision.elements import coded_bytes
+from trainer.precision.recipe import Formats, Recipe
+from trainer.schedule import StepPlan, after
 
 SENT = {"all_to_all": 1, "reduce": 1, "broadcast": 1, "all_reduce": 2}
 """How often a rank passes on what it gives to a group of n, times (n - 1) / n: pairwise or by a ring."""
@@ -59,7 +61,8 @@ def traffic(config: TrainConfig, step: StepPlan, pipe: Sequence[Shares]) -> tupl
     trained = [_trained(shares, step.attention) for shares in pipe]
     found = [*_tokens(config, step), *_streams(config, step), *_between_ends(config, trained)]
     found += _added([list(_gradients(config, shares)) for shares in trained])
-    found += _added([list(_weights(config, shares)) for shares in trained])
+    recipe = Recipe(config.precision, config.model)
+    found += _added([list(_weights(config, shares, recipe.at(after(step)))) for shares in trained])
     return tuple(one for one in found if one.group > 1 and one.calls)
 
 
@@ -129,17 +132,27 @@ def _tokens(config: TrainConfig, step: StepPlan) -> Iterator[Collective]:
     times = tuple(1 + bool(parts and trains) for parts in again)
     forward = sum(number * count for number, count in zip(tokens, times, strict=True))
     layers = model.num_hidden_layers * times[0] + branches * times[1]
-    pair = 2 * model.hidden_size * width + max(width, FP32_BYTES)
+    back = model.hidden_size * width
+    pair = 2 * back + max(width, FP32_BYTES)
+    there = _token_bytes(config, step) + back + max(width, FP32_BYTES)
     rounds = -(-step.rows // mesh.data) * mesh.data
     pairs = step.rows * model.num_experts_per_tok
     counts = rounds * layers * model.n_routed_experts * INT64_BYTES
     yield _collective("counts of tokens", "all_to_all", "expert", mesh.expert, rounds * layers, counts)
     yield _collective(
-        "tokens to experts and back", "all_to_all", "expert", mesh.expert, 3 * rounds * layers, pairs * forward * pair
+        "tokens to experts and back", "all_to_all", "expert", mesh.expert, 3 * rounds * layers, pairs * forward * there
     )
     if trains:
         calls = 3 * rounds * (model.num_hidden_layers + branches)
         yield _collective("their gradients", "all_to_all", "expert", mesh.expert, calls, pairs * sum(tokens) * pair)
+
+
+def _token_bytes(config: TrainConfig, step: StepPlan) -> int:
+    """Of a token on its way to an expert: as codes where its experts round it anyway."""
+    width = config.model.hidden_size
+    table = Recipe(config.precision, config.model).at(step.tokens)
+    taken = next((formats.input for name, formats in table.items() if name.endswith("ffn.experts.w1")), None)
+    return width * DTYPE_BYTES[config.precision.dtype] if taken is None else coded_bytes((1, width), taken)
 
 
 def _gradients(config: TrainConfig, trained: Shares) -> Iterator[Collective]:
@@ -177,15 +190,15 @@ def _gradients(config: TrainConfig, trained: Shares) -> Iterator[Collective]:
     yield _collective("between owners", "all_to_all", "same_owners", turns, calls, 2 * own_dense * sums)
 
 
-def _weights(config: TrainConfig, trained: Shares) -> Iterator[Collective]:
-    """New ones of one pipe rank's from their owners, in the model's type."""
+def _weights(config: TrainConfig, trained: Shares, table: Mapping[str, Formats]) -> Iterator[Collective]:
+    """New ones of one pipe rank's from their owners, in the model's type, or as codes of their formats."""
     model, ranks = trained.model, config.parallel.mesh.size // config.parallel.pipe
     mesh, width = config.parallel.mesh, DTYPE_BYTES[config.precision.dtype]
     for name, of, axis, group in (
         ("new dense weights", trained.dense, "owners", mesh.owners),
         ("new experts' weights", trained.experts, "replicas", mesh.data // mesh.expert),
     ):
-        size = sum(_weight_bytes(model, own, width) for own in of)
+        size = sum(_weight_bytes(model, member, width, table[member.parameter]) for own in of for member in own)
         spans = sum(len(zero.spans(own)) for own in of)
         yield _collective(name, "broadcast", axis, group, ranks * spans, ranks * size)
 
@@ -215,9 +228,8 @@ def _elements(model: Tensors, members: Sequence[Member]) -> int:
     return sum(math.prod(zero.shape_of(member, model.shapes)) for member in members)
 
 
-def _weight_bytes(model: Tensors, members: Sequence[Member], width: int) -> int:
-    island = max(width, FP32_BYTES)
-    return sum(
-        math.prod(zero.shape_of(member, model.shapes)) * (island if member.parameter in model.islands else width)
-        for member in members
-    )
+def _weight_bytes(model: Tensors, member: Member, width: int, formats: Formats) -> int:
+    shape = zero.shape_of(member, model.shapes)
+    if formats.weight:
+        return coded_bytes(shape, formats.weight[0])
+    return math.prod(shape) * (max(width, FP32_BYTES) if member.parameter in model.islands else width)

@@ -30,6 +30,11 @@ class StepPlan:
     mtp_weight: float
 
 
+def after(step: StepPlan) -> int:
+    """Tokens seen when a step is done."""
+    return step.tokens + step.rows * step.row_length
+
+
 def row_length(config: ScheduleConfig, tokens: int) -> int:
     """Tokens per row of the step that starts after `tokens`."""
     return _stage(config.row_length, tokens).value

@@ -31,7 +31,7 @@ from trainer.passes import Learning
 from trainer.pool import RowPool
 from trainer.precision.serving import Precision
 from trainer.row import RowSums, TermCounts, Weights
-from trainer.schedule import StepPlan
+from trainer.schedule import StepPlan, after
 
 if TYPE_CHECKING:
     from trainer.parallel.pipeline import Pipeline
@@ -147,7 +147,7 @@ def train_step(parts: Parts, plan: StepPlan, stopped: Callable[[], bool], verify
     parts.world.beat.mark("update")
     update = parts.optimizer.step(gradients, rate=plan.rate, frozen_groups=frozen)
     whole_step.mark()
-    changed = parts.precision.enter(plan.tokens + plan.rows * plan.row_length)
+    changed = parts.precision.enter(after(plan))
     parts.optimizer.write(changed)
     parts.handout.begin(_weights(parts), active | changed)
     if plan.attention != "indexer_warmup":

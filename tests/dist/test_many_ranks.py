@@ -183,8 +183,8 @@ def one_too_many(self: expert.RowExperts, experts: expert.Experts, rows: int) ->
     rows_experts(self, experts, rows + 1)
 
 
-def all_but_one(self: Ownership, parameters: Any, changed: set[str]) -> Iterator[tuple[str, Any]]:
-    return publish(self, parameters, changed - {"norm.weight"})
+def all_but_one(self: Ownership, parameters: Any, changed: set[str], *ways: Any) -> Iterator[tuple[str, Any]]:
+    return publish(self, parameters, changed - {"norm.weight"}, *ways)
 
 
 rows_experts, publish, exchange = expert.RowExperts.__init__, Ownership.publish, expert.exchange

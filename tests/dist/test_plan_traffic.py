@@ -18,7 +18,8 @@ from model.config import InitConfig
 from model.logical import logical_tensors
 from optim import zero
 from tests.dist import ranks
-from tests.dist.ranks import Case
+from tests.dist.ranks import LENGTH, Case
+from tests.trainer.precision.recipes import recipe
 from trainer import plan_traffic
 from trainer.parallel.fast import FastSum
 from trainer.parallel.mesh import Mesh
@@ -36,6 +37,8 @@ AGAIN = Case(rows=ROWS, changes={"recompute": ("experts",)})
 WHOLE_AGAIN = Case(rows=ROWS, changes={"recompute": ("block", "attention")})
 DATA_2, EXPERT_2 = Mesh(data=2, owners=2), Mesh(data=2, expert=2, owners=2)
 BOTH, TWICE, LONE = Mesh(data=4, expert=2, owners=4), Mesh(data=4, expert=2, owners=2), Mesh(data=2, owners=1)
+CODED = Case(rows=ROWS, dtype="bf16", changes={"precision": recipe("fp8_fp4", "bf16", LENGTH * ROWS[0])})
+"""FP8, and experts that turn to FP4 after the first step."""
 DEEP = ranks.model(num_hidden_layers=4, compress_ratios=(4, 8, 4, 8, 0))
 INIT = InitConfig(std=0.05, hc_scale=0.02)
 """A scale that the first step does not take to zero, for what has no gradient is not sent."""
@@ -140,6 +143,8 @@ def sent(processes: BaseContext, case: Case, mesh: Mesh, folder: Path) -> list[T
         pytest.param(EXACT, TWICE, id="exact, owners twice"),
         pytest.param(FAST, DATA_2, id="fast, data"),
         pytest.param(FAST_BF16, TWICE, id="fast in bf16, owners twice"),
+        pytest.param(CODED, EXPERT_2, id="fp8 and fp4 codes"),
+        pytest.param(CODED, BOTH, id="fp8 and fp4 codes, both", marks=pytest.mark.slow),
         pytest.param(EXACT, LONE, id="exact, every rank owns all", marks=pytest.mark.slow),
         pytest.param(FAST, LONE, id="fast, every rank owns all", marks=pytest.mark.slow),
         pytest.param(EXACT, BOTH, id="exact, both", marks=pytest.mark.slow),
@@ -237,7 +242,7 @@ MISTAKES: dict[str, tuple[Any, str, Any]] = {
     "all groups in all modes": (plan_traffic, "is_trained", lambda group, mode: True),
     "sums of 4 bytes": (plan_traffic, "INT64_BYTES", 4),
     "a call for each member": (zero, "spans", lambda members: list(members)),
-    "weights in fp64": (plan_traffic, "_weight_bytes", lambda model, members, width: 8 * elements(model, members)),
+    "weights in fp64": (plan_traffic, "_weight_bytes", lambda model, one, width, formats: 8 * elements(model, [one])),
 }
 elements = plan_traffic._elements
 

@@ -1,4 +1,4 @@
-"""Proves that FP8 and FP4 keep the promises: the bits of one process on any layout, after a save, across a turn to FP4."""
+"""Proves that FP8 and FP4 have the bits of one process on any layout, after a save, across a turn to FP4."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -35,15 +35,15 @@ def layout(value: object) -> str | None:
 
 @pytest.mark.parametrize("name", RECIPES)
 @pytest.mark.parametrize("mesh", [DATA_3, EXPERT_2, PIPE_2, BOTH, ALL], ids=layout)
-def test_the_bits_of_one_process(
-    name: str, mesh: Mesh, processes: BaseContext, alone: Alone, tmp_path: Path
-) -> None:
+def test_the_bits_of_one_process(name: str, mesh: Mesh, processes: BaseContext, alone: Alone, tmp_path: Path) -> None:
     """Every figure, weight, master and momentum of a recipe on a layout is that of one process."""
     assert ranks.differences(alone(RECIPES[name]), ranks.run(processes, RECIPES[name], mesh, tmp_path)) == []
 
 
 @pytest.mark.parametrize("saved_after", [2, 4, 5])
-def test_a_save_before_at_and_after_the_turn(saved_after: int, processes: BaseContext, alone: Alone, tmp_path: Path) -> None:
+def test_a_save_before_at_and_after_the_turn(
+    saved_after: int, processes: BaseContext, alone: Alone, tmp_path: Path
+) -> None:
     """Saved, built afresh and restored on two ranks, then on: the bits of steps without a break."""
     saved = replace(TURNING, saved_after=saved_after)
     assert ranks.differences(alone(TURNING), ranks.run(processes, saved, EXPERT_2, tmp_path)) == []
@@ -54,9 +54,7 @@ def test_recipes_differ(alone: Alone) -> None:
     plain = alone(Case(rows=ROWS, dtype="bf16"))
     found = {"bf16": plain} | {name: alone(of) for name, of in RECIPES.items()}
     weights = {name: steps.tensors["model/layers.1.ffn.experts.w1"] for name, steps in found.items()}
-    assert all(
-        not torch.equal(weights[one], weights[other]) for one in weights for other in weights if one < other
-    )
+    assert all(not torch.equal(weights[one], weights[other]) for one in weights for other in weights if one < other)
     losses = {name: [told["loss/lm"] for told in steps.figures] for name, steps in found.items()}
     assert losses["turning"][:4] == losses["fp8"][:4]
     assert losses["turning"][4] != losses["fp8"][4]

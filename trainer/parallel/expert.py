@@ -23,6 +23,7 @@ from model.experts import Experts
 from model.gather import take
 from model.transformer import Transformer
 from trainer.parallel.world import Group
+from trainer.precision.wire import Codes
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -42,11 +43,16 @@ class Arrived:
 
 
 class ExpertDispatcher:
-    """In place of `LocalDispatcher`; every rank of the group calls both methods, and their backward passes, alike."""
+    """In place of `LocalDispatcher`; every rank of the group calls both methods, and their backward passes, alike.
+
+    codes: what tokens are sent as, where the experts round them to that format anyway; None: as they are. Results and
+    gradients travel as they are.
+    """
 
     def __init__(self, group: Group) -> None:
         self._group = group
         self._local = LocalDispatcher()
+        self.codes: Codes | None = None
 
     def dispatch(self, x_BTD: Tensor, expert_BTK: Tensor, weight_BTK: Tensor, experts: int) -> Arrived:
         """Send each pair to the rank of its expert; `experts`: all of the layer's."""
@@ -56,7 +62,7 @@ class ExpertDispatcher:
         dist.all_to_all_single(theirs, mine, group=self._group.handle)
         sent, received = mine.sum(1).tolist(), theirs.sum(1).tolist()
         return Arrived(
-            x_PD=exchange(local.x_PD, sent, received, self._group.handle),
+            x_PD=exchange(local.x_PD, sent, received, self._group.handle, self.codes),
             weight_P=exchange(local.weight_P, sent, received, self._group.handle),
             counts=theirs.flatten().tolist(),
             local=local,
@@ -70,24 +76,28 @@ class ExpertDispatcher:
         return self._local.combine(y_PD, dispatched.local, shape)
 
 
-def exchange(x_PD: Tensor, sent: list[int], received: list[int], group: Any) -> Tensor:
+def exchange(x_PD: Tensor, sent: list[int], received: list[int], group: Any, codes: Codes | None = None) -> Tensor:
     """Consecutive rows of x to each rank of the group: sent[r] go to rank r, received[r] come from it, in order.
 
-    The backward pass is the way back.
+    The backward pass is the way back, without codes.
     """
-    return _Exchange.apply(x_PD, sent, received, group)
+    return _Exchange.apply(x_PD, sent, received, group, codes)
 
 
 class _Exchange(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x_PD: Tensor, sent: list[int], received: list[int], group: Any) -> Tensor:
+    def forward(
+        ctx: Any, x_PD: Tensor, sent: list[int], received: list[int], group: Any, codes: Codes | None
+    ) -> Tensor:
         ctx.way = sent, received, group
-        return _send(x_PD, sent, received, group)
+        if codes is None:
+            return _send(x_PD, sent, received, group)
+        return codes.read(_send(codes.write(x_PD), sent, received, group), x_PD)
 
     @staticmethod
-    def backward(ctx: Any, grad_PD: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, grad_PD: Tensor) -> tuple[Tensor | None, ...]:
         sent, received, group = ctx.way
-        return _send(grad_PD, received, sent, group), None, None, None
+        return _send(grad_PD, received, sent, group), None, None, None, None
 
 
 def _send(x_PD: Tensor, sent: list[int], received: list[int], group: Any) -> Tensor:

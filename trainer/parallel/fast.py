@@ -21,8 +21,9 @@ from model.transformer import Transformer
 from optim.groups import Span
 from optim.rounding import generator_of, stochastic_bf16
 from trainer.parallel.expert import StandBy, leaves
-from trainer.parallel.owners import Handout, Ownership
+from trainer.parallel.owners import Arrival, Handout, Masters, Ownership
 from trainer.parallel.world import Group
+from trainer.precision.wire import Wire
 
 CHUNK = 1 << 20
 """Numbers rounded at a time, at least, and less than twice as many: for each, rounding makes five copies."""
@@ -227,9 +228,9 @@ def _batches(parts: Iterable[Tensor]) -> Iterator[list[Tensor]]:
 class EarlyHandout(Handout):
     """New weights on their way from their owners, while the next forward pass begins: a layer waits for its own."""
 
-    def __init__(self, ownership: Ownership, model: Transformer) -> None:
-        super().__init__(ownership)
-        self._underway: dict[str, list[Any]] = {}
+    def __init__(self, ownership: Ownership, wire: Wire, masters: Masters, model: Transformer) -> None:
+        super().__init__(ownership, wire, masters)
+        self._underway: dict[str, list[Arrival]] = {}
         model.register_forward_pre_hook(lambda module, given: self._settle_first())
         for number, block in model.layers.named_children():
             block.register_forward_pre_hook(lambda module, given, name=f"layers.{number}": self._settle(name))
@@ -240,8 +241,8 @@ class EarlyHandout(Handout):
     def begin(self, parameters: Mapping[str, Tensor], changed: Collection[str]) -> None:
         """Send and receive the new weights of `changed`; returns at once."""
         self.settle()
-        for parameter, work in self._ownership.publish(parameters, changed):
-            self._underway.setdefault(bucket_of(parameter), []).append(work)
+        for parameter, arrival in self._publish(parameters, changed):
+            self._underway.setdefault(bucket_of(parameter), []).append(arrival)
 
     def settle(self) -> None:
         """Return when all weights are there."""
@@ -254,5 +255,5 @@ class EarlyHandout(Handout):
             self._settle(bucket)
 
     def _settle(self, bucket: str) -> None:
-        for work in self._underway.pop(bucket, ()):
-            work.wait()
+        for arrival in self._underway.pop(bucket, ()):
+            arrival.settle()

@@ -18,9 +18,12 @@ from optim import zero
 from optim.groups import Member, Span
 from trainer.parallel.reduce import ExactSum
 from trainer.parallel.world import Group, World
+from trainer.precision.wire import Wire
 
 EXPERTS = "experts"
 """The parameter group that expert ranks share out."""
+Masters = Callable[[str], Tensor]
+"""The fp32 master of an own span, by its key."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -117,10 +120,9 @@ class Ownership:
 
     def _mine(self, wanted: Callable[[Member], bool]) -> Iterator[Member]:
         for span in self.spans:
-            for member in self._members[span.parameter]:
-                if span.start <= member.start < span.stop and wanted(member):
-                    start, stop = member.start - span.start, member.stop - span.start
-                    yield replace(member, parameter=self.key(span), start=start, stop=stop)
+            for member in self._within(span):
+                if wanted(member):
+                    yield replace(member, parameter=self.key(span))
 
     def reduce(self, sums: ExactSum) -> dict[str, Tensor]:
         """Bring the ranks' sums together; returns the gradients of the own spans by key. sums: exact ones."""
@@ -175,18 +177,59 @@ class Ownership:
         first = self.first_row(span.parameter)
         return slice(span.start - first, span.stop - first)
 
-    def publish(self, parameters: Mapping[str, Tensor], changed: Collection[str]) -> Iterator[tuple[str, Any]]:
-        """Hand the owners' new weights of the parameters `changed` to all ranks that hold them, as bytes.
+    def publish(
+        self, parameters: Mapping[str, Tensor], changed: Collection[str], wire: Wire, masters: Masters
+    ) -> Iterator[tuple[str, "Arrival"]]:
+        """Hand the owners' new weights of the parameters `changed` to all ranks that hold them.
 
-        Yields each parameter and what to wait for.
+        As bytes, or as codes of the owners' masters (by key) where the wire takes them. Yields each parameter and what
+        is to come.
         """
         for share in self.shares:
             for span in share.spans:
                 if share.group.size > 1 and span.parameter in changed:
-                    rows = self.rows(span, parameters[span.parameter]).view(torch.uint8)
-                    torch.autograd.graph.increment_version(rows)  # a broadcast does not, and codes are kept by version
-                    source = share.group.ranks[share.owner]
-                    yield span.parameter, dist.broadcast(rows, source, group=share.group.handle, async_op=True)
+                    rows = self.rows(span, parameters[span.parameter])
+                    coded = wire.takes(span.parameter)
+                    send = self._send_codes if coded else self._send_bytes
+                    yield span.parameter, send(share, span, rows, wire, masters)
+
+    def _send_bytes(self, share: Share, span: Span, rows: Tensor, wire: Wire, masters: Masters) -> "Arrival":
+        source = share.group.ranks[share.owner]
+        work = dist.broadcast(rows.view(torch.uint8), source, group=share.group.handle, async_op=True)
+        return Arrival(work=work)
+
+    def _send_codes(self, share: Share, span: Span, rows: Tensor, wire: Wire, masters: Masters) -> "Arrival":
+        weights = [member.view(rows) for member in self._within(span)]
+        if share.is_mine:
+            master = masters(self.key(span))
+            sent = wire.pack(span.parameter, [member.view(master) for member in self._within(span)])
+        else:
+            size = wire.size(span.parameter, [weight.shape for weight in weights])
+            sent = torch.empty(size, dtype=torch.uint8, device=rows.device)
+        work = dist.broadcast(sent, share.group.ranks[share.owner], group=share.group.handle, async_op=True)
+        if share.is_mine:
+            return Arrival(work=work)
+        return Arrival(work=work, take=lambda: wire.unpack(span.parameter, sent, weights))
+
+    def _within(self, span: Span) -> Iterator[Member]:
+        """The members of a span, by their rows in it."""
+        for member in self._members[span.parameter]:
+            if span.start <= member.start < span.stop:
+                yield replace(member, start=member.start - span.start, stop=member.stop - span.start)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Arrival:
+    """Weights on their way. take: what is to be done with them when they are there."""
+
+    work: Any
+    take: Callable[[], None] | None = None
+
+    def settle(self) -> None:
+        """Return when they are where they belong."""
+        self.work.wait()
+        if self.take is not None:
+            self.take()
 
 
 class ExactReduction(ExactSum):
@@ -213,12 +256,16 @@ class ExactReduction(ExactSum):
 class Handout:
     """New weights from their owners to everybody."""
 
-    def __init__(self, ownership: Ownership) -> None:
-        self._ownership = ownership
+    def __init__(self, ownership: Ownership, wire: Wire, masters: Masters) -> None:
+        self._ownership, self._wire, self._masters = ownership, wire, masters
 
     def begin(self, parameters: Mapping[str, Tensor], changed: Collection[str]) -> None:
         """Send and receive the new weights of `changed`."""
-        _wait([work for _, work in self._ownership.publish(parameters, changed)])
+        for _, arrival in list(self._publish(parameters, changed)):
+            arrival.settle()
+
+    def _publish(self, parameters: Mapping[str, Tensor], changed: Collection[str]) -> Iterator[tuple[str, Arrival]]:
+        return self._ownership.publish(parameters, changed, self._wire, self._masters)
 
     def settle(self) -> None:
         """Return when all weights are there."""

@@ -3,7 +3,9 @@
 Source: spec 7.2; OCP Microscaling Formats 1.0 (E2M1), OCP 8-bit Floating Point 1.0 (E4M3).
 """
 
+import math
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -52,3 +54,15 @@ def named(name: str, floor: float | None = None) -> Format:
 E4M3_1X128, E4M3_128X1, E4M3_128X128, E2M1_1X32 = map(named, ("e4m3_1x128", "e4m3_128x1", "e4m3_128x128", "e2m1_1x32"))
 E4M3_OF_FP4 = replace(E4M3_128X128, floor=0.0)
 """What FP4 weights are cast to: with a floor, blocks of small numbers would lose some."""
+
+
+def coded_shapes(shape: Sequence[int], format: Format) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Shapes of the bytes of a matrix's codes, E2M1 two per byte, and of its scales."""
+    rows, columns = shape
+    width = -(-columns // 2) if format.element == "e2m1" else columns
+    return (rows, width), (-(-rows // format.block[0]), -(-columns // format.block[1]))
+
+
+def coded_bytes(shape: Sequence[int], format: Format) -> int:
+    """Bytes of a matrix as codes and scales."""
+    return sum(map(math.prod, coded_shapes(shape, format)))

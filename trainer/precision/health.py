@@ -65,9 +65,9 @@ def note(operand: str, x: Tensor, values: Tensor, coded: Coded) -> Note:
 
 
 def seen(notes: Iterable[Note]) -> dict[str, list[Seen]]:
-    """The notes in numbers, by operand."""
+    """The notes in numbers, by operand; not those of what had been rounded before, as tokens that came as codes."""
     found: dict[str, list[Seen]] = {}
-    for one in notes:
+    for one in (one for one in notes if one.error or one.poisoned):
         numbers = Seen(
             size=one.size,
             lost=int(one.lost),

@@ -9,10 +9,13 @@ from torch import nn
 from model.attention import GroupedLinear
 from model.experts import Experts
 from model.layers import Linear
+from model.moe import MoE
 from model.transformer import Transformer
+from trainer.parallel.expert import ExpertDispatcher
 from trainer.precision import backends
 from trainer.precision.health import Watch
 from trainer.precision.weights import Weights
+from trainer.precision.wire import Codes
 
 SEAMS: dict[type[nn.Module], tuple[str, str, str]] = {
     Linear: ("matmul", "weight", "linear"),
@@ -20,6 +23,8 @@ SEAMS: dict[type[nn.Module], tuple[str, str, str]] = {
     Experts: ("grouped_matmul", "w1", "grouped"),
 }
 """By kind of module: its seam, the parameter whose formats hold in it, the function of a back end that serves there."""
+UPWARD = 2
+"""Products of an expert that take a token: w1 and w3."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -58,6 +63,12 @@ class Precision:
             for kind, (attribute, weight, function) in SEAMS.items()
             if isinstance(module, kind) and f"{name}.{weight}" in groups
         ]
+        self._dispatchers = [
+            (module.dispatcher, f"{name}.experts.w1")
+            for view in views
+            for name, module in view.named_modules()
+            if isinstance(module, MoE) and isinstance(module.dispatcher, ExpertDispatcher)
+        ]
         self._serve()
 
     def enter(self, tokens: int) -> set[str]:
@@ -73,3 +84,6 @@ class Precision:
             if not formats.has_plain_products:
                 serving = getattr(self._backend, seam.function)(formats, self.watches[self._groups[seam.parameter]])
             setattr(seam.module, seam.attribute, serving)
+        for dispatcher, parameter in self._dispatchers:
+            taken, watch = self.weights.table[parameter].input, self.watches[self._groups[parameter]]
+            dispatcher.codes = Codes(format=taken, watch=watch, times=UPWARD) if taken else None
