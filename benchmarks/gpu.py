@@ -8,7 +8,7 @@ import argparse
 import os
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -20,11 +20,12 @@ from launch.device import prepare
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Place:
-    """Where and how to measure. `quick`: tiny sizes, one repetition."""
+    """Where and how to measure. `quick`: tiny sizes, one repetition. parts: of the benchmark, those to run."""
 
     device: torch.device
     quick: bool
     repetitions: int
+    parts: Sequence[str] = ()
 
     @property
     def seconds(self) -> Callable[[Callable[[], object]], float]:
@@ -77,12 +78,15 @@ class Ceilings:
         return max(moved_bytes / self.copy, flop / (self.bf16 if products == "bf16" else self.fp32))
 
 
-def place(description: str | None) -> Place:
-    """Reads --device, --quick and --repetitions; on a CPU chooses Triton's interpreter, before triton is imported."""
+def place(description: str | None, parts: Sequence[str] = ()) -> Place:
+    """Reads --device, --quick and --repetitions, and --only of a benchmark with parts; on a CPU chooses Triton's
+    interpreter, before triton is imported."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--quick", action="store_true", help="tiny sizes, one repetition")
     parser.add_argument("--repetitions", type=int, default=20)
+    if parts:
+        parser.add_argument("--only", nargs="+", choices=parts, default=parts, help=f"of {', '.join(parts)}")
     given = parser.parse_args()
     if given.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: expected an NVIDIA GPU that this torch can use; --device cpu --quick tries it out")
@@ -95,7 +99,10 @@ def place(description: str | None) -> Place:
     # No TF32 for what is meant to be fp32.
     torch.backends.cuda.matmul.allow_tf32 = False
     return Place(
-        device=torch.device(given.device), quick=given.quick, repetitions=1 if given.quick else given.repetitions
+        device=torch.device(given.device),
+        quick=given.quick,
+        repetitions=1 if given.quick else given.repetitions,
+        parts=given.only if parts else (),
     )
 
 

@@ -1,6 +1,6 @@
 """What do FP8 and FP4 gain on one GPU, and what do they cost in loss?
 
-    python -m benchmarks.gpu_precision [--device cuda|cpu] [--quick] [--repetitions N]
+    python -m benchmarks.gpu_precision [--device cuda|cpu] [--quick] [--repetitions N] [--only products steps losses]
 
 First the chip's ceilings and which back ends can compute here. Then three tables, all in one run:
 
@@ -58,7 +58,7 @@ Line = tuple[str, ...]
 
 def main() -> int:
     """Print ceilings, back ends and the three tables; 1 if something failed."""
-    where = gpu.place(__doc__)
+    where = gpu.place(__doc__, tuple(PARTS))
     flash = compose(["recipe=flash", f"device={where.device.type}"]).config.model
     found, refused = gpu.ceilings(where), _refusals(where)
     able = {name: backends.module(name) for name, reason in refused.items() if not reason}
@@ -66,14 +66,11 @@ def main() -> int:
     print(found.lines())
     print("\n".join(f"{name:<10}{reason or 'computes here'}" for name, reason in refused.items()))
     failed = 0
-    for title, columns, lines in (
-        ("products", gpu_products.COLUMNS, _products(flash, able, where)),
-        ("steps", STEP_COLUMNS, _steps(flash, able, where)),
-        ("losses", LOSS_COLUMNS, _losses(able, where)),
-    ):
+    for title in where.parts:
+        columns, lines = PARTS[title]
         rows: list[Line] = []
         try:
-            rows.extend(lines)
+            rows.extend(lines(flash, able, where))
         except Exception as error:
             failed = 1
             print(f"\n{title} failed: {type(error).__name__}: {str(error).splitlines()[0]}")
@@ -127,7 +124,7 @@ def _precision(name: str) -> PrecisionConfig:
     return compose([f"precision={name}"]).config.precision
 
 
-def _losses(able: Mapping[str, ModuleType], where: gpu.Place) -> Iterator[Line]:
+def _losses(flash: ModelConfig, able: Mapping[str, ModuleType], where: gpu.Place) -> Iterator[Line]:
     base: list[float] = []
     for name in RECIPES:
         for who in able if name != "bf16" else ("-",):
@@ -169,6 +166,12 @@ def _run(words: list[str]) -> None:
         if train(compose(words).config) != 0:
             raise RuntimeError("the run did not end well")
 
+
+PARTS = {
+    "products": (gpu_products.COLUMNS, _products),
+    "steps": (STEP_COLUMNS, _steps),
+    "losses": (LOSS_COLUMNS, _losses),
+}
 
 if __name__ == "__main__":
     sys.exit(main())
