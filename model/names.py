@@ -23,9 +23,11 @@ NOT_ARCHITECTURE = frozenset(
     [
         "architectures",
         "auto_map",
+        "compress_rates",
         "dtype",
         "expert_dtype",
         "initializer_range",
+        "layer_types",
         "model_type",
         "pad_token_id",
         "quantization_config",
@@ -34,7 +36,7 @@ NOT_ARCHITECTURE = frozenset(
         "use_cache",
     ]
 )
-"""Keys of a released config.json that do not change what the model computes."""
+"""Keys of a released config.json that do not change what the model computes, or say again what others do."""
 
 
 def tensors(model: Transformer) -> dict[str, Tensor]:

@@ -5,9 +5,10 @@ from collections.abc import Mapping
 from dataclasses import asdict, fields
 from typing import Any
 
-from model.config import ModelConfig
+from model.config import CSA_RATIO, ModelConfig
 from trainer.released.layout import Variant
 
+V4_HCA_RATIO = 128
 FP8: Mapping[str, Any] = {
     "activation_scheme": "dynamic",
     "fmt": "e4m3",
@@ -43,4 +44,20 @@ def first_difference(mine: ModelConfig, other: ModelConfig) -> str | None:
 def _of_model(config: ModelConfig) -> dict[str, Any]:
     named = {"architectures": ["DeepseekV4ForCausalLM"], "model_type": "deepseek_v4"}
     keys = named | {key: value for key, value in asdict(config).items() if value is not None}
-    return keys | {"compress_ratios": list(config.compress_ratios)}
+    return keys | {"compress_ratios": list(config.compress_ratios)} | _in_other_words(config)
+
+
+def _in_other_words(config: ModelConfig) -> dict[str, Any]:
+    """What transformers needs where HCA layers have one other rate than V4's: it knows `compress_ratios` 0, 4 and 128.
+
+    It has no words for several rates.
+    """
+    rates = set(config.attention_ratios) - {0, CSA_RATIO}
+    if len(rates) != 1 or rates == {V4_HCA_RATIO}:
+        return {}
+    names = {0: "sliding_attention", CSA_RATIO: "compressed_sparse_attention"}
+    (rate,) = rates
+    return {
+        "layer_types": [names.get(ratio, "heavily_compressed_attention") for ratio in config.attention_ratios],
+        "compress_rates": {"compressed_sparse_attention": CSA_RATIO, "heavily_compressed_attention": rate},
+    }
