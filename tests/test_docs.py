@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from launch import compose as composing
-from launch import device, main, report, resume, runs, sample, status, train
+from launch import device, export, main, report, resume, runs, sample, status, train
 from launch import test as test_verb
 from launch.compose import CONFIGS, compose
 from tests.test_style import DOORS
@@ -98,7 +98,7 @@ def stubbed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (run / "provenance.json").write_text("{}")
     monkeypatch.setattr(composing, "CONFIGS", configs)
     monkeypatch.setattr(device, "prepare", lambda chosen: None)
-    for module in (resume, sample, runs, report, status):
+    for module in (resume, sample, runs, report, status, export):
         monkeypatch.setattr(module, "find_run", lambda word: run)
     monkeypatch.setattr(train, "find_crash", lambda word: run)
     monkeypatch.setattr("trainer.report.read.newest", lambda runs_dir: run)
@@ -106,6 +106,8 @@ def stubbed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("launch.attempts.start", lambda words, size, restarts: 0)
     monkeypatch.setattr("trainer.run.train", lambda *args, **kwargs: 0)
     monkeypatch.setattr("trainer.run.resume", lambda *args, **kwargs: 0)
+    for verb in ("import_folder", "export_source"):
+        monkeypatch.setattr(f"trainer.released.verbs.{verb}", lambda *args, **kwargs: ((), {"tensors": 0}))
     monkeypatch.setattr("trainer.sample.sample_run", lambda *args, **kwargs: (1, iter([])))
     monkeypatch.setattr(test_verb, "_pytest", lambda *args: (0, "nothing"))
     monkeypatch.setattr(test_verb, "checks", dict)
