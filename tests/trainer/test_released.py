@@ -17,10 +17,11 @@ from model.logical import locate
 from tests.trainer import released_folder as made
 from trainer import checkpoint
 from trainer.pieces import whole
-from trainer.precision.elements import E2M1_1X32, E4M3_128X128
-from trainer.precision.formats import rounded
+from trainer.precision.elements import E2M1_1X32, E4M3_128X128, Element, Format
+from trainer.precision.formats import Coded, decode, rounded
 from trainer.reader import Reader
 from trainer.released import verbs
+from trainer.released.export import quantise
 from trainer.released.layout import slabs
 from trainer.released.load import load
 from trainer.released.source import ReleasedFolder
@@ -104,6 +105,24 @@ def test_a_folder_is_loaded_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyP
     rows = import_and_export(folder)
     assert made.stored_bytes(tmp_path / "in-export") == made.stored_bytes(folder)
     assert all(row["exact"] for row in rows)
+
+
+@pytest.mark.parametrize("element", ["e4m3", "e2m1"])
+def test_every_code_comes_back_with_every_scale(element: Element) -> None:
+    """All codes but NaN, all scales E8M0 has: what is finite in fp32 keeps its code, both zeros too."""
+    codes = torch.tensor([code for code in range(256 if element == "e4m3" else 16) if code & 127 != 127])
+    coded = Coded(
+        codes=codes.to(torch.uint8).repeat(255, 1),
+        exponents=torch.arange(255).to(torch.uint8).unsqueeze(1).expand(-1, len(codes)).contiguous(),
+    )
+    format = Format(element=element, block=(1, 1), floor=0.0)
+    values = decode(coded, format)
+    finite = values.isfinite()
+    assert finite.float().mean() > 0.98
+    again, numbers, kept = quantise(torch.where(finite, values, 0), format, coded.exponents)
+    assert torch.equal(again.codes[finite], coded.codes[finite])
+    assert torch.equal(numbers[finite].view(torch.int32), values[finite].view(torch.int32))
+    assert kept == values.numel()
 
 
 def test_fresh_scales_give_the_same_numbers(tmp_path: Path) -> None:

@@ -192,14 +192,27 @@ def test_a_damaged_import_is_refused(
 ) -> None:
     monkeypatch.chdir(folder.parent)
     assert main(["import", "released", "import"]) == 0
+    shutil.copytree("import", "whole")
     capsys.readouterr()
     file = Path("import/rank-00000.safetensors")
     content = bytearray(file.read_bytes())
     content[-9] ^= 4
     file.write_bytes(content)
     line = refused(["export", "import", "out"], capsys)
-    assert line.startswith("SOURCE = import: expected weights that verify: import/rank-00000.safetensors: tensor ")
-    assert sorted(os.listdir()) == ["import", "released"]
+    assert line.startswith("--like = import: expected scales that verify: import/rank-00000.safetensors: tensor scales")
+    line = refused(["export", "whole", "out", "--like", "import"], capsys)
+    assert line.startswith("--like = import: expected scales that verify: ")
+    content[-9] ^= 4
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    line = refused(["export", "import", "out"], capsys)
+    assert line.startswith("SOURCE = import: expected weights that verify: import/rank-00000.safetensors: tensor model")
+    file.unlink()
+    assert "rank-00000.safetensors" in refused(["export", "import", "out"], capsys)
+    Path("import/COMMIT").write_text("0")
+    for words in (["import", "out"], ["whole", "out", "--like", "import"]):
+        assert "import/manifest.json: has SHA-256" in refused(["export", *words], capsys)
+    assert sorted(os.listdir()) == ["import", "released", "whole"]
 
 
 def test_what_there_is_no_room_for_is_refused_at_once(

@@ -7,7 +7,7 @@ from typing import Any
 from trainer.config import TrainConfig
 from trainer.folder import RunFolder
 from trainer.manifest import COMMIT, CheckpointError
-from trainer.reader import Reader
+from trainer.reader import Reader, read_manifest
 from trainer.released import imported, job
 from trainer.released.export import SHARD_BYTES, Export, of_experts, run_export
 from trainer.released.keys import first_difference
@@ -40,7 +40,7 @@ def import_folder(path: Path, out: Path, say: job.Say) -> Result:
         "tensors": len(rows),
         "parameters": sum(spec.size for spec in folder.specs.values() if spec.kind != "buffer"),
         "bytes": sum(row["bytes"] for row in rows),
-        "to begin at it": f"keel train init.weights={out} ...",
+        "a run begins at it": f"./keel train init.weights={out}",
     }
 
 
@@ -102,14 +102,13 @@ def _export(reader: Reader, config: TrainConfig | None, variant: str | None, lik
     )
 
 
-def _began_at(path: str) -> Imported | None:
+def _began_at(path: str) -> Imported | ReleasedFolder | None:
     """The import that a run began at; None where that was another run's checkpoint, which keeps no scales."""
     folder = Path(path)
     if not (folder / COMMIT).is_file():
         expected = "the folder that the run began at, whose scales are kept; or --like FOLDER, or --like none"
         raise ValueError(f"init.weights = {path}: expected {expected}")
-    reader = Reader(folder)
-    return Imported(reader) if imported.KIND in reader.state else None
+    return find_kept(folder) if imported.KIND in read_manifest(folder).state else None
 
 
 def _summary(export: Export, out: Path, rows: tuple[job.Row, ...]) -> dict[str, Any]:

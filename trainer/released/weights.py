@@ -10,7 +10,7 @@ from torch import Tensor
 from model.config import ModelConfig
 from model.inventory import TensorSpec, released_tensors
 from model.logical import locate
-from trainer.manifest import COMMIT
+from trainer.manifest import COMMIT, CheckpointError
 from trainer.reader import Reader
 from trainer.released.imported import KIND, scales_name
 from trainer.released.layout import ScaleType, Slab, Variant, slabs, stored
@@ -68,7 +68,10 @@ class Imported:
         """The scales of the blocks in these rows, as E8M0."""
         kind = stored(spec, self.variant)
         rows = FORMATS[kind].block[0]
-        return exponents_of(self._reader.rows(scales_name(spec, kind), slab.start // rows, -(-slab.stop // rows)))
+        try:
+            return exponents_of(self._reader.rows(scales_name(spec, kind), slab.start // rows, -(-slab.stop // rows)))
+        except CheckpointError as error:
+            raise _damaged(self._reader.path, error) from error
 
 
 class Weights:
@@ -115,6 +118,13 @@ class Weights:
 
 def find_kept(path: Path) -> "Imported | ReleasedFolder":
     """The scales of an import or of a released folder; raises ValueError where it is neither."""
-    if (path / COMMIT).is_file():
+    if not (path / COMMIT).is_file():
+        return ReleasedFolder(path)
+    try:
         return Imported(Reader(path))
-    return ReleasedFolder(path)
+    except CheckpointError as error:
+        raise _damaged(path, error) from error
+
+
+def _damaged(path: Path, error: CheckpointError) -> ValueError:
+    return ValueError(f"--like = {path}: expected scales that verify: {error}")
