@@ -13,7 +13,9 @@ import torch
 from torch import Tensor
 
 from model import names
+from model.inventory import released_tensors
 from model.logical import locate
+from tests.model.released import released_config
 from tests.trainer import released_folder as made
 from trainer import checkpoint
 from trainer.pieces import whole
@@ -22,7 +24,7 @@ from trainer.precision.formats import Coded, decode, rounded
 from trainer.reader import Reader
 from trainer.released import verbs
 from trainer.released.export import quantise
-from trainer.released.layout import slabs
+from trainer.released.layout import entries, slabs
 from trainer.released.load import load
 from trainer.released.source import ReleasedFolder
 
@@ -58,6 +60,14 @@ def test_a_folder_comes_back_byte_by_byte(variant: str, tmp_path: Path) -> None:
     assert [[row.get(key) for key in keys_of_bytes] for row in of_import] == [
         [row.get(key) for key in keys_of_bytes] for row in rows
     ]
+
+
+@pytest.mark.parametrize(
+    ("model", "tensors", "size_bytes"), [("flash", 69_187, 159_609_485_896), ("pro", 145_116, 864_704_792_696)]
+)
+def test_the_files_of_released_models_have_the_published_sizes(model: str, tensors: int, size_bytes: int) -> None:
+    files = [one for spec in released_tensors(released_config(model)) for one in entries(spec, "released")]
+    assert (len(files), sum(one.size_bytes for one in files)) == (tensors, size_bytes)
 
 
 def test_fp8_scales_stored_as_bytes_stay_bytes(tmp_path: Path) -> None:

@@ -83,7 +83,7 @@ class Weights:
         self.specs = tuple(released_tensors(config))
         for spec in self.specs:
             name, index = self._place(spec)
-            found = reader.shape(name) if name in reader.names else None
+            found = reader.shape(name) if name in reader.manifest.tensors else None
             wanted = spec.shape if index is None else (config.n_routed_experts, *spec.shape)
             if found != wanted:
                 there = "nothing" if found is None else list(found)
