@@ -155,7 +155,7 @@ def test_a_block_that_has_changed_gets_a_fresh_scale_and_the_others_keep_theirs(
     verbs.import_folder(folder, tmp_path / "import", silent)
     source = ReleasedFolder(folder)
     changed = {"layers.1.ffn.experts.1.w3.weight": (3, 40), "layers.0.attn.wq_a.weight": (129, 2)}
-    values = {name: whole_of(source, name) for name in source.specs}
+    values = dict(numbers_of(folder))
     for name, at in changed.items():
         values[name][at] = values[name][at] * 1.01 + 1e-3
     rows = export_values(tmp_path, values, like=folder)
@@ -171,6 +171,20 @@ def test_a_block_that_has_changed_gets_a_fresh_scale_and_the_others_keep_theirs(
         assert torch.equal(whole_of(out, name), expected)
         assert row["largest_error"] == float((expected - values[name]).abs().max())
         assert not torch.equal(expected, kept)
+
+
+@pytest.mark.parametrize("variant", ["released", "fp32"])
+def test_what_fp32_cannot_say_of_an_fp64_run_is_no_exact_export(variant: str, tmp_path: Path) -> None:
+    keys = made.config()
+    folder = made.write(tmp_path / "in", keys, made.tensors(keys))
+    verbs.import_folder(folder, tmp_path / "import", silent)
+    values = {name: value if value.dtype == torch.int64 else value.double() for name, value in numbers_of(folder)}
+    changed = ("hc_head_base", "layers.0.attn.wq_a.weight", "layers.1.ffn.experts.0.w2.weight")
+    for name in changed:
+        values[name] = values[name] + 1e-15
+    rows = {row["name"]: row for row in export_values(tmp_path, values, like=folder, variant=variant)}
+    assert {name for name, row in rows.items() if not row["exact"]} == set(changed)
+    assert all(rows[name]["largest_error"] > 0 for name in changed)
 
 
 def test_tiles_that_fp8_cannot_have_are_counted(tmp_path: Path) -> None:
@@ -194,7 +208,15 @@ def whole_of(folder: ReleasedFolder, name: str) -> Tensor:
     return torch.cat([folder.numbers(folder.specs[name], slab) for slab in slabs(folder.specs[name])])
 
 
-def export_values(tmp_path: Path, values: dict[str, Tensor], *, like: Path) -> tuple[dict[str, Any], ...]:
+def numbers_of(folder: Path) -> list[tuple[str, Tensor]]:
+    """Name and numbers of all tensors."""
+    source = ReleasedFolder(folder)
+    return [(name, whole_of(source, name)) for name in source.specs]
+
+
+def export_values(
+    tmp_path: Path, values: dict[str, Tensor], *, like: Path, variant: str | None = None
+) -> tuple[dict[str, Any], ...]:
     """Export these numbers, from a checkpoint made of them, with the scales of a folder."""
     stacked: dict[str, dict[int | None, Tensor]] = {}
     for name, value in values.items():
@@ -204,4 +226,4 @@ def export_values(tmp_path: Path, values: dict[str, Tensor], *, like: Path) -> t
     source = Reader(tmp_path / "import").state
     checkpoint.save(tmp_path / "saved", 0, whole(tensors), source)
     from_values = verbs.Source(checkpoint=tmp_path / "saved" / "step-000000")
-    return verbs.export_source(from_values, tmp_path / "out", silent, like=str(like))[0]
+    return verbs.export_source(from_values, tmp_path / "out", silent, like=str(like), variant=variant)[0]

@@ -22,7 +22,7 @@ from trainer.released import job
 from trainer.released.imported import write_report
 from trainer.released.keys import config_text
 from trainer.released.layout import QUANTISED, ScaleType, Variant, entries, stored
-from trainer.released.source import CONFIG, FORMATS, INDEX
+from trainer.released.source import CONFIG, FORMATS, INDEX, TYPES
 from trainer.released.stream import Entry, Stream
 from trainer.released.weights import Kept, Weights
 
@@ -100,12 +100,11 @@ def _item(export: Export, spec: TensorSpec) -> job.Item:
 
 def _write_plain(export: Export, spec: TensorSpec, files: Sequence[FileTensor], stream: Stream) -> job.Row:
     error = 0.0
+    dtype = TYPES[files[0].dtype]
     for _, numbers in export.weights.slabs(spec):
-        if files[0].dtype == "BF16":
-            rounded = numbers.bfloat16()
-            error = max(error, _largest(spec, rounded.float(), numbers))
-            numbers = rounded
-        stream.append(spec.name, numbers)
+        rounded = numbers if dtype == torch.int64 else numbers.float().to(dtype)
+        error = max(error, _largest(spec, rounded.to(numbers.dtype), numbers))
+        stream.append(spec.name, rounded)
     return _row(spec, files, error)
 
 
@@ -114,7 +113,7 @@ def _write_quantised(export: Export, spec: TensorSpec, files: Sequence[FileTenso
     error, blocks, kept_blocks, tiles, inexact = 0.0, 0, 0, 0, 0
     for slab, numbers in export.weights.slabs(spec):
         kept = export.like.exponents(spec, slab) if export.like is not None and export.keeps(spec) else None
-        coded, values, stays = quantise(numbers, format, kept)
+        coded, values, stays = quantise(numbers.float(), format, kept)
         error = max(error, _largest(spec, values, numbers))
         blocks, kept_blocks = blocks + coded.exponents.numel(), kept_blocks + stays
         if kind == "FP4":

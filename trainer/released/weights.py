@@ -95,12 +95,13 @@ class Weights:
         return (self._reader.path / COMMIT).read_text().strip()
 
     def slabs(self, spec: TensorSpec) -> Iterator[tuple[Slab, Tensor]]:
-        """All rows of a released tensor in order, fp32 (int64 of tid2eid). An expert is read at once."""
+        """All rows of a released tensor in order, fp32, fp64 of such a run, int64 of tid2eid; an expert's at once."""
         name, index = self._place(spec)
         expert = None if index is None else self._reader.rows(name, index, index + 1)[0]
         for slab in slabs(spec):
             rows = self._reader.rows(name, slab.start, slab.stop) if expert is None else expert[slab.start : slab.stop]
-            yield slab, rows if rows.dtype == torch.int64 else self._finite(name, rows.float(), slab)
+            kept = rows.dtype in (torch.int64, torch.float64)
+            yield slab, self._finite(name, rows if kept else rows.float(), slab)
 
     def _place(self, spec: TensorSpec) -> tuple[str, int | None]:
         where = locate(spec.name)
@@ -108,7 +109,7 @@ class Weights:
         return master if master in self._reader.manifest.tensors else f"model/{where.parameter}", where.index
 
     def _finite(self, name: str, rows: Tensor, slab: Slab) -> Tensor:
-        wrong = ~rows.isfinite()
+        wrong = ~rows.to(torch.int64 if rows.dtype == torch.int64 else torch.float32).isfinite()
         if wrong.any():
             at = tuple(int(index) for index in wrong.nonzero()[0])
             where = f"{name}{[at[0] + slab.start, *at[1:]]}"
