@@ -83,7 +83,8 @@ def load_released(folder: str | Path, dtype: torch.dtype = torch.float32) -> Tra
     for name, stored in _stored_tensors(folder):
         spec = missing.pop(name, None)
         if spec is None:
-            raise ValueError(f"{folder}: {name}: expected no such tensor for this config.json")
+            hint = "; trainer.released.load reads quantised folders" if name.endswith(".scale") else ""
+            raise ValueError(f"{folder}: {name}: expected no such tensor for this config.json{hint}")
         if tuple(stored.shape) != spec.shape or stored.dtype in (torch.int8, torch.uint8, torch.float8_e4m3fn):
             found = f"{stored.dtype} {list(stored.shape)}"
             raise ValueError(f"{folder}: {name} = {found}: expected an unquantised tensor {list(spec.shape)}")
