@@ -76,6 +76,7 @@ def as_json(plan: "Plan") -> dict[str, Any]:
     return {
         "name": plan.name,
         "dtype": plan.dtype,
+        "precision": plan.precision.splitlines(),
         "parameters": asdict(counts) | totals,
         "release": asdict(plan.release),
         "steps": plan.steps,
@@ -92,7 +93,8 @@ def as_json(plan: "Plan") -> dict[str, Any]:
 def render(plan: "Plan") -> str:
     """The plan as text, one table per question."""
     blocks = [_parameters(plan), _schedule(plan), _flops(plan), *_layout(plan), _decoding(plan)]
-    return "\n\n".join([f"plan of {plan.name}", *("\n".join(block) for block in blocks)])
+    precision = [f"precision\n{plan.precision}"] if plan.precision else []
+    return "\n\n".join([f"plan of {plan.name}", *("\n".join(block) for block in blocks), *precision])
 
 
 def _stage_json(stage: "Stage") -> dict[str, Any]:

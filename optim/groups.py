@@ -99,10 +99,11 @@ def table(members: Sequence[Member], shapes: Mapping[str, Sequence[int]], config
         lines.append((group, chosen[0].rule, f"{tensors}", f"{size}", f"{decay(kind, config):g}", scale, frozen))
         total_tensors, total_size = total_tensors + tensors, total_size + size
     lines.append(("total", "", f"{total_tensors}", f"{total_size}", "", "", ""))
-    return _aligned(lines, left={0, 1, 6})
+    return aligned(lines, left={0, 1, 6})
 
 
-def _aligned(lines: Sequence[Sequence[str]], left: Collection[int]) -> str:
+def aligned(lines: Sequence[Sequence[str]], left: Collection[int]) -> str:
+    """Rows of equal length as a table, the columns `left` flush left, all others flush right."""
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
     cells = (
         [

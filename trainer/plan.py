@@ -20,6 +20,8 @@ from trainer.parallel.simulate import Profile
 from trainer.plan_memory import DTYPE_BYTES
 from trainer.plan_parallel import Layout, layout
 from trainer.precision.config import Precision
+from trainer.precision.recipe import Recipe
+from trainer.precision.table import render
 from trainer.schedule import StepPlan
 from trainer.schedule_config import ScheduleConfig
 
@@ -64,7 +66,7 @@ class Decoding:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Plan:
-    """Everything `keel plan` prints."""
+    """Everything `keel plan` prints. precision: which parameters have which formats, as a table, "" where none has."""
 
     name: str
     counts: Counts
@@ -72,6 +74,7 @@ class Plan:
     stages: tuple[Stage, ...]
     layout: Layout
     dtype: Precision
+    precision: str
     rule_of_thumb_flops: int
     decoding: tuple[Decoding, ...]
 
@@ -100,9 +103,17 @@ def plan(config: TrainConfig, measured: Profile | None = None) -> Plan:
         stages=stages,
         layout=layout(config, [stage.last for stage in stages], measured),
         dtype=config.precision.dtype,
+        precision=_precision(config),
         rule_of_thumb_flops=rule_of_thumb(config.model, tokens),
         decoding=tuple(_decoding(config.model, DTYPE_BYTES[config.precision.dtype])),
     )
+
+
+def _precision(config: TrainConfig) -> str:
+    """The table of formats; "" where nothing has one."""
+    if Recipe(config.precision, config.model).is_plain:
+        return ""
+    return render(config.precision, config.model, DTYPE_BYTES[config.precision.dtype])
 
 
 def _decoding(config: ModelConfig, element_bytes: int) -> Iterator[Decoding]:

@@ -18,6 +18,7 @@ from optim.zero import shape_of
 from trainer.config import TrainConfig
 from trainer.parallel.stages import Part
 from trainer.precision.config import Precision
+from trainer.precision.recipe import Recipe
 
 DTYPE_BYTES: dict[Precision, int] = {"fp64": 8, "fp32": 4, "bf16": 2}
 FP32_BYTES = 4
@@ -139,7 +140,11 @@ def memory(config: TrainConfig, model: Tensors, owned: Sequence[Member], experts
     in_experts = experts * math.prod(model.expert)
     own = _elements(model, owned) + Elements({("matrix", False): in_experts})
     matrices = sum(size for (kind, _), size in own.items() if kind == "matrix")
-    lower = sum(size for (_, island), size in own.items() if not island) if width < state else 0
+    lower = (
+        sum(size for (_, island), size in own.items() if not island)
+        if width < state
+        else _rounded(config, model, owned, in_experts)
+    )
     return Memory(
         weights=_bytes(here, width) + model.buffers,
         masters=lower * state,
@@ -152,6 +157,13 @@ def memory(config: TrainConfig, model: Tensors, owned: Sequence[Member], experts
         buffers=row.arriving + (0 if exact or mesh.size == 1 else _on_their_way(config, model, owned, experts)),
         update=_update(model, owned, experts, own, state, in_place=_in_place(config, own, in_experts)),
     )
+
+
+def _rounded(config: TrainConfig, model: Tensors, owned: Sequence[Member], in_experts: int) -> int:
+    """Own elements that at some time are rounded to a format, and so have a master in a run's type of fp32, too."""
+    rounded = Recipe(config.precision, config.model).rounded()
+    dense = _elements(model, [member for member in owned if member.parameter in rounded]).total()
+    return dense + (in_experts if any(model.groups.get(name) == "experts" for name in rounded) else 0)
 
 
 def _held(config: TrainConfig, model: Tensors) -> int:

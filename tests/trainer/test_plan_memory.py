@@ -33,7 +33,7 @@ LAYOUTS = ([], ["parallel.data=3"], ["parallel.data=2", "parallel.expert=2"], ["
 
 
 def configured(words: Sequence[str], dtype: Precision = "bf16") -> TrainConfig:
-    given = [] if any(word.startswith("precision.") for word in words) else [f"precision.dtype={dtype}"]
+    given = [] if any(word.startswith("precision") for word in words) else [f"precision.dtype={dtype}"]
     return compose(["threads=1", *given, *words]).config
 
 
@@ -73,7 +73,15 @@ def check_built(planned: Memory, parts: Parts, part: Part, *, exact: bool) -> No
         assert planned.gradients == max(size_bytes([leaf]) for name, leaf, _ in leaves(parts.model) if part.uses(name))
 
 
-@pytest.mark.parametrize("words", LAYOUTS, ids=" ".join)
+RECIPES = (
+    ["precision=fp8"],
+    ["precision=fp8_fp4", "parallel.data=4", "parallel.expert=2"],
+    ["precision=fp8_fp4", "precision.dtype=fp32", "parallel.data=2", "parallel.expert=2"],
+)
+"""In fp32, too, what is rounded to a format has a master of its own."""
+
+
+@pytest.mark.parametrize("words", [*LAYOUTS, *RECIPES], ids=" ".join)
 def test_every_rank_builds_what_is_planned(words: list[str]) -> None:
     config = configured(words)
     layout = plan(config).layout

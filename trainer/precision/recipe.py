@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from fnmatch import fnmatchcase
@@ -39,11 +38,10 @@ class Formats:
         """Whether no operand but the weight has a format."""
         return all(one is None for one in (self.input, self.grad, self.wgrad_input, self.wgrad_grad))
 
-    def describe(self) -> str:
-        """The operands of the three products, in a line."""
-        weight = THEN.join(one.name for one in self.weight) or "-"
+    def operands(self) -> tuple[str, ...]:
+        """The formats of weight, input, grad, wgrad_input and wgrad_grad, "-" for none."""
         names = (one.name if one else "-" for one in (self.input, self.grad, self.wgrad_input, self.wgrad_grad))
-        return "  ".join((weight, *names))
+        return THEN.join(one.name for one in self.weight) or "-", *names
 
 
 PLAIN = Formats()
@@ -93,24 +91,6 @@ class Recipe:
             start: {name: asdict(one) | {"rule": ""} for name, one in self.at(start).items()} for start in self.stages
         }
         return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()[:16]
-
-    def table(self) -> str:
-        """Parameters by kind, without the numbers of layers, and their formats, stage by stage."""
-        head = ("parameters", "rule", "weight", "input", "grad", "wgrad_input", "wgrad_grad")
-        lines = []
-        for start in self.stages:
-            lines += [f"from {start:,} tokens on:"] if len(self.stages) > 1 else []
-            rows = [head, *self._rows(self.at(start))]
-            widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-            lines += ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
-        return "\n".join([*lines, f"recipe {self.hash()}"])
-
-    def _rows(self, table: Mapping[str, Formats]) -> Iterator[tuple[str, ...]]:
-        kinds: dict[tuple[str, Formats], None] = {}
-        for name, formats in table.items():
-            kinds[re.sub(r"^layers\.\d+\.", "layers.*.", name), formats] = None
-        for name, formats in kinds:
-            yield name, formats.rule or "-", *formats.describe().split("  ")
 
     def _names(self, name: str, rule: RuleConfig) -> list[str]:
         found = [parameter for parameter in self._able if any(fnmatchcase(parameter, glob) for glob in rule.parameters)]
