@@ -51,13 +51,15 @@ class Groups:
             for group, (end, size) in enumerate(zip(ends, self.sizes, strict=True))
             if size
         }
+        self._places: Tensor | None = None
 
     def spread(self, x: Tensor) -> Tensor:
         """Rows [P, ...] to their places [Q, ...]; x itself where nothing is filled up."""
         if self.sizes == self.counts:
             return x
-        out = x.new_zeros(sum(self.sizes), *x.shape[1:])
-        return out.index_copy_(0, self._places(x.device), x)
+        if self._places is None:
+            self._places = self._placed().to(x.device, non_blocking=True)
+        return x.new_zeros(sum(self.sizes), *x.shape[1:]).index_copy_(0, self._places, x)
 
     def gather(self, parts: Sequence[Tensor], columns: int, like: Tensor) -> Tensor:
         """The rows [P, columns] of results of groups with rows, each filled up in rows and perhaps in columns."""
@@ -67,10 +69,11 @@ class Groups:
         kept = [part[:count, :columns] for part, count in zip(parts, counts, strict=True)]
         return kept[0] if len(kept) == 1 else torch.cat(kept)
 
-    def _places(self, device: torch.device) -> Tensor:
+    def _placed(self) -> Tensor:
+        """Where each row lies."""
         before = [0, *accumulate(size - count for size, count in zip(self.sizes, self.counts, strict=True))]
         shift = torch.tensor(before[:-1]).repeat_interleave(torch.tensor(self.counts))
-        return (torch.arange(len(shift)) + shift).to(device, non_blocking=True)
+        return torch.arange(len(shift)) + shift
 
 
 def rows_of(coded: Coded, groups: Groups) -> list[Operand]:
