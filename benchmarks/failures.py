@@ -39,7 +39,7 @@ LAYOUTS = (
     "parallel.data=2", "parallel.data=4 parallel.expert=2", "parallel.pipe=2", "parallel.pipe=2 parallel.data=2",
     "parallel.pipe=4",
 )  # fmt: skip
-HANGS_S = 120.0
+HANGS_S = 300.0
 """A try that has not ended after so long counts as a hang."""
 PATIENCE = "patience_s=5"
 STEPS, START_S = 8, 6.0

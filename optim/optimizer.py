@@ -123,9 +123,9 @@ class Optimizer:
         """What is updated of a parameter: its master, or itself."""
         return self._masters[parameter]
 
-    def masters(self) -> Iterator[tuple[Member, Tensor, Tensor]]:
-        """Member, weight and master of all that have a master of their own."""
-        for member in self.members:
+    def masters(self, *, told: bool = False) -> Iterator[tuple[Member, Tensor, Tensor]]:
+        """Member, weight and master of all that have a master of their own; told: that this process tells of."""
+        for member in self._counted if told else self.members:
             weight, master = self._parameters[member.parameter], self._masters[member.parameter]
             if master is not weight:
                 yield member, member.view(weight), member.view(master)

@@ -54,6 +54,7 @@ METRICS = {
     "mhc/col_sum_error": "the same of a column of comb, which Sinkhorn divides last",
     "mhc/composite_gain": "largest row sum of all sites' residual mixes multiplied (the report's B), mean over tokens",
     "mhc/composite_gain_backward": "the same of the column sums: what gradients meet",
+    "fp4/inexact_tiles": "128x128 tiles of FP4 weights that FP8 does not hold exactly, after this step",
     "experts/clamped_ratio": "share of SwiGLU inputs outside the clamp in this step, routed and shared experts",
     "validation/loss": "next-token loss on held-out rows, nats per target",
     "validation/bits_per_byte": "the same in bits per byte of text",
@@ -69,8 +70,15 @@ FAMILIES = {
     "loss/source/NAME": "next-token loss, nats per target, of the rows of one data source",
     "optim/update_rms/GROUP": "RMS of the update of a parameter group, rate included",
     "optim/weight_rms/GROUP": "RMS of the weights of a parameter group, after this step",
+    "precision/amax/GROUP.OPERAND": "largest magnitude that was rounded to a format in this step",
+    "precision/error/GROUP.OPERAND": "what rounding changed over what there was, root of the sums of squares",
+    "precision/lost_ratio/GROUP.OPERAND": "share of numbers that are not 0 and were rounded to 0",
+    "precision/poisoned_blocks/GROUP.OPERAND": "blocks with an infinity or a NaN, which are NaN from then on",
 }
-"""Names of which there is one for each data source or parameter group."""
+"""Names of which there is one for each data source, parameter group, or operand of a group's products.
+
+OPERAND: input, grad, wgrad_grad, as the step's rows had them; weight, after the step.
+"""
 
 
 def is_known(name: str) -> bool:

@@ -1,8 +1,8 @@
 """One row of metrics.jsonl: what a step did, how long its parts took, and the health of the model after it."""
 
 import math
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,6 +14,7 @@ from model.transformer import Transformer
 from trainer import machine, metrics, probe, together
 from trainer.build import Built
 from trainer.parallel.world import ALONE, World
+from trainer.precision import health
 from trainer.probe import Pass
 from trainer.schedule import StepPlan
 from trainer.step import Parts, StepResult
@@ -37,7 +38,13 @@ class Observer:
 
         A function of the step alone, so that an interrupted run tells the same as an uninterrupted one.
         """
-        return probe.watched(self.built.parts.pool.views) if self._is_watched(plan) else nullcontext([])
+        return self._watched() if self._is_watched(plan) else nullcontext([])
+
+    @contextmanager
+    def _watched(self) -> Iterator[list[Pass]]:
+        parts = self.built.parts
+        with probe.watched(parts.pool.views) as passes, parts.precision.watched():
+            yield passes
 
     def _is_watched(self, plan: StepPlan) -> bool:
         done, every = plan.step + 1, self.built.config.observe.every_steps
@@ -59,7 +66,7 @@ class Observer:
         row["speed/rank_load_max_ratio"] = metrics.rank_load(result.load_LE, parts.world.expert.size)
         if self._is_watched(plan):
             row |= {"router/load_LE": result.load_LE.tolist()} | probe.measure(passes, parts.world, parts.pipeline)
-            row |= weight_rms(parts)
+            row |= weight_rms(parts) | precision(parts)
         return row
 
     def _speed(self, plan: StepPlan, step_s: float) -> dict[str, float]:
@@ -93,6 +100,23 @@ def biases(model: Transformer, world: World = ALONE) -> dict[str, float]:
     own = [float(bound) for bias_E in learned for bound in (bias_E.min(), bias_E.max())]
     bounds = [bound for of_rank in world.gather(own) for bound in of_rank]
     return {"router/bias_min": min(bounds), "router/bias_max": max(bounds)} if bounds else {}
+
+
+def precision(parts: Parts) -> dict[str, float]:
+    """The health of what the step has rounded, and of the weights after it; nothing where no format is in use.
+
+    Sums of squares are added by row and layer: their last digits may depend on how experts are shared out.
+    """
+    weights = parts.precision.weights
+    every = parts.precision.seen() | health.of_weights(parts.optimizer, weights)
+    mine = {kind: health.together(of) for kind, of in every.items() if of}
+    kinds: dict[str, list[health.Seen]] = {}
+    tiles: list[int] = []
+    for found, inexact in parts.world.gather((mine, health.inexact(parts.optimizer, weights))):
+        for kind, of_rank in found.items():
+            kinds.setdefault(kind, []).append(of_rank)
+        tiles += [] if inexact is None else [inexact]
+    return health.measure(kinds) | ({"fp4/inexact_tiles": sum(tiles)} if tiles else {})
 
 
 @torch.no_grad()

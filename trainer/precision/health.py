@@ -7,7 +7,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from trainer.precision.formats import NAN_EXPONENT, Coded
+from optim.optimizer import Optimizer
+from trainer.precision.formats import NAN_EXPONENT, Coded, encode, rounded
+from trainer.precision.qat import inexact_tiles
+from trainer.precision.weights import Weights
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -80,15 +83,50 @@ def seen(notes: Iterable[Note]) -> dict[str, list[Seen]]:
     return found
 
 
+@torch.no_grad()
+def of_weights(optimizer: Optimizer, weights: Weights) -> dict[str, list[Seen]]:
+    """By GROUP.weight, what the rounding of the own masters has done, each matrix by itself."""
+    found: dict[str, list[Seen]] = {}
+    for member, weight, master in optimizer.masters(told=True):
+        formats = weights.table[member.parameter.partition("[")[0]].weight
+        if formats:
+            coded = encode(master, formats[0])
+            of = seen([note("weight", master, weight.to(master.dtype), coded)])
+            found.setdefault(f"{member.group}.weight", []).extend(of.get("weight", ()))
+    return found
+
+
+def inexact(optimizer: Optimizer, weights: Weights) -> int | None:
+    """Tiles of own FP4 weights that are not exact in FP8; None where no weight is FP4."""
+    tiles = [
+        inexact_tiles(rounded(master, formats[0]), formats[1])
+        for member, _, master in optimizer.masters(told=True)
+        if len(formats := weights.table[member.parameter.partition("[")[0]].weight) == 2
+    ]
+    return sum(tiles) if tiles else None
+
+
+def together(every: Sequence[Seen]) -> Seen:
+    """Several as one; sums are rounded once."""
+    return Seen(
+        size=sum(one.size for one in every),
+        lost=sum(one.lost for one in every),
+        poisoned=sum(one.poisoned for one in every),
+        amax=max(one.amax for one in every),
+        error=math.fsum(one.error for one in every),
+        square=math.fsum(one.square for one in every),
+    )
+
+
 def measure(kinds: Mapping[str, Sequence[Seen]]) -> dict[str, float]:
-    """The metrics precision/* of each kind, such as experts.input; sums are rounded once."""
+    """The metrics precision/* of each kind, such as experts.input."""
     row: dict[str, float] = {}
-    for kind, every in sorted(kinds.items()):
-        square, size = math.fsum(one.square for one in every), sum(one.size for one in every)
+    for kind in sorted(kinds):
+        of = together(kinds[kind])
         row |= {
-            f"precision/amax/{kind}": max(one.amax for one in every),
-            f"precision/lost_ratio/{kind}": sum(one.lost for one in every) / size if size else 0.0,
-            f"precision/poisoned_blocks/{kind}": sum(one.poisoned for one in every),
-            f"precision/error/{kind}": math.sqrt(math.fsum(one.error for one in every) / square) if square else 0.0,
+            f"precision/amax/{kind}": of.amax,
+            f"precision/lost_ratio/{kind}": of.lost / of.size,
+            f"precision/poisoned_blocks/{kind}": of.poisoned,
+            f"precision/error/{kind}": math.sqrt(of.error / of.square),
         }
     return row

@@ -1,6 +1,7 @@
 """Who multiplies what at the model's precision seams, in each part of a run."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +14,7 @@ from model.moe import MoE
 from model.transformer import Transformer
 from trainer.parallel.expert import ExpertDispatcher
 from trainer.precision import backends
-from trainer.precision.health import Watch
+from trainer.precision.health import Seen, Watch, seen
 from trainer.precision.weights import Weights
 from trainer.precision.wire import Codes
 
@@ -77,6 +78,26 @@ class Precision:
         if changed:
             self._serve()
         return changed
+
+    @contextmanager
+    def watched(self) -> Iterator[None]:
+        """Within the block, notes are taken of all operands that are rounded; those of before are forgotten."""
+        for watch in self.watches.values():
+            watch.on = True
+            watch.notes.clear()
+        try:
+            yield
+        finally:
+            for watch in self.watches.values():
+                watch.on = False
+
+    def seen(self) -> dict[str, list[Seen]]:
+        """By GROUP.OPERAND, what the notes of this process say; they are gone then."""
+        found = {}
+        for group, watch in self.watches.items():
+            found |= {f"{group}.{operand}": of for operand, of in seen(watch.notes).items()}
+            watch.notes.clear()
+        return found
 
     def _serve(self) -> None:
         for seam in self._seams:
