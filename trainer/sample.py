@@ -12,12 +12,13 @@ from model.cache import Cache
 from model.config import AttentionMode
 from model.decode import prefill, step
 from model.transformer import Transformer
-from trainer import checkpoint
+from trainer import checkpoint, schedule
 from trainer.build import attention_after, build_model, read_data, restore_model
 from trainer.config import SampleConfig, TrainConfig
 from trainer.device import settle
 from trainer.folder import RunFolder
 from trainer.manifest import CheckpointError
+from trainer.precision.serving import serve
 from trainer.reader import Reader
 
 
@@ -48,6 +49,8 @@ def sample_run(
     data = read_data(config, lambda line: None)
     model = build_model(config, device)
     restore_model(model, saved)
+    plans = schedule.plan(config.schedule)
+    serve(model, config.precision, schedule.after(plans[saved.step - 1]) if saved.step else 0)
     mode = attention_after(config.schedule, saved.step)
     return saved.step, generate(model, data.tokenizer, prompts, sampling, mode, seed)
 

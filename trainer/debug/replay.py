@@ -20,6 +20,7 @@ from trainer.debug.finding import find, table
 from trainer.debug.trace import trace
 from trainer.device import settle
 from trainer.parallel.apply import apply_kernels, choose_kernels, describe_kernels
+from trainer.precision.serving import serve
 from trainer.row import pick
 from trainer.step import frozen_groups, train_only
 
@@ -40,6 +41,7 @@ def replay(config: TrainConfig, path: Path, *, as_json: bool = False) -> int:
     fault = found.fault
     groups: dict[str, str] = {one.parameter: one.group for one in logical_tensors(config.model)}
     train_only(model, groups, frozen_groups(fault.plan.attention, groups))
+    serve(model, config.precision, fault.plan.tokens)
     row: Batch = pick(fault.row, 0, device)
     events = trace(model, row, fault.plan.attention, fault.weights)
     now = find(events)

@@ -10,11 +10,14 @@ from torch import nn
 from model.attention import GroupedLinear
 from model.experts import Experts
 from model.layers import Linear
+from model.logical import logical_tensors
 from model.moe import MoE
 from model.transformer import Transformer
 from trainer.parallel.expert import ExpertDispatcher
 from trainer.precision import backends
+from trainer.precision.config import PrecisionConfig
 from trainer.precision.health import Seen, Watch, seen
+from trainer.precision.recipe import Recipe
 from trainer.precision.weights import Weights
 from trainer.precision.wire import Codes
 
@@ -108,3 +111,11 @@ class Precision:
         for dispatcher, parameter in self._dispatchers:
             taken, watch = self.weights.table[parameter].input, self.watches[self._groups[parameter]]
             dispatcher.codes = Codes(format=taken, watch=watch, times=UPWARD) if taken else None
+
+
+def serve(model: Transformer, config: PrecisionConfig, tokens: int) -> Precision:
+    """Set the products of a model by itself, whose weights are rounded already, to what holds after `tokens`."""
+    weights = Weights(Recipe(config, model.config))
+    weights.enter(tokens)
+    groups = {one.parameter: one.group for one in logical_tensors(model.config)}
+    return Precision(weights, [model], groups, backends.of_run(config.backend, weights.recipe, model.device))
