@@ -58,6 +58,7 @@ class Recipe:
         self._config = config
         self._able = dict(_parameters(model))
         self._named = {name: self._names(name, rule) for name, rule in config.rules.items()}
+        self._check_experts()
 
     @cached_property
     def stages(self) -> tuple[int, ...]:
@@ -101,6 +102,19 @@ class Recipe:
             expected = f"no {unable}, which is stored and computed in bf16 or fp32 (spec 7.2)"
             require(unable is None, key, list(rule.parameters), expected)
         return found
+
+    def _check_experts(self) -> None:
+        """One product serves the three matrices of a layer's experts."""
+        for start in self.stages:
+            table = self.at(start)
+            for name in (name for name in table if name.endswith(".ffn.experts.w1")):
+                first = table[name]
+                for other in (name.removesuffix("1") + number for number in "23"):
+                    alike = replace(table[other], rule=first.rule) == first
+                    key = f"precision.rules.{table[other].rule or first.rule}.parameters"
+                    require(
+                        alike, key, other, f"the same formats for w1, w2 and w3 of a layer's experts, as {name} has"
+                    )
 
     def _formats(self, name: str, rule: RuleConfig) -> Formats:
         of = self._config.format
