@@ -111,12 +111,13 @@ def precision(parts: Parts) -> dict[str, float]:
     every = parts.precision.seen() | health.of_weights(parts.optimizer, weights)
     mine = {kind: health.together(of) for kind, of in every.items() if of}
     kinds: dict[str, list[health.Seen]] = {}
-    tiles: list[int] = []
+    tiles: dict[str, int] = {}
     for found, inexact in parts.world.gather((mine, health.inexact(parts.optimizer, weights))):
         for kind, of_rank in found.items():
             kinds.setdefault(kind, []).append(of_rank)
-        tiles += [] if inexact is None else [inexact]
-    return health.measure(kinds) | ({"fp4/inexact_tiles": sum(tiles)} if tiles else {})
+        for group, number in inexact.items():
+            tiles[f"fp4/inexact_tiles/{group}"] = tiles.get(f"fp4/inexact_tiles/{group}", 0) + number
+    return health.measure(kinds) | tiles
 
 
 @torch.no_grad()

@@ -74,9 +74,11 @@ def an_owner_updates_twice(patch: Patch) -> None:
 
 def one_weight_is_not_handed_out(patch: Patch) -> None:
     publish = Ownership.publish
-    patch.setattr(
-        Ownership, "publish", lambda self, parameters, changed: publish(self, parameters, set(changed) - {WEIGHT})
-    )
+
+    def all_but_one(self: Ownership, parameters: Any, changed: Any, *ways: Any) -> Any:
+        return publish(self, parameters, set(changed) - {WEIGHT}, *ways)
+
+    patch.setattr(Ownership, "publish", all_but_one)
 
 
 def a_rank_keeps_the_weights_before(patch: Patch) -> None:

@@ -4,6 +4,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -32,7 +33,12 @@ class ShiftedPlans:
 
 def shifted_cursor(patch: pytest.MonkeyPatch) -> None:
     build = run.build
-    patch.setattr(run, "build", lambda *parts: replace(built := build(*parts), plans=ShiftedPlans(built.plans, 4)))
+
+    def shifted(*parts: Any, **named: Any) -> Built:
+        built = build(*parts, **named)
+        return replace(built, plans=ShiftedPlans(built.plans, 4))
+
+    patch.setattr(run, "build", shifted)
 
 
 def forgotten_optimizer(patch: pytest.MonkeyPatch) -> None:

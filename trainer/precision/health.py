@@ -96,14 +96,16 @@ def of_weights(optimizer: Optimizer, weights: Weights) -> dict[str, list[Seen]]:
     return found
 
 
-def inexact(optimizer: Optimizer, weights: Weights) -> int | None:
-    """Tiles of own FP4 weights that are not exact in FP8; None where no weight is FP4."""
-    tiles = [
-        inexact_tiles(rounded(master, formats[0]), formats[1])
-        for member, _, master in optimizer.masters(told=True)
-        if len(formats := weights.table[member.parameter.partition("[")[0]].weight) == 2
-    ]
-    return sum(tiles) if tiles else None
+@torch.no_grad()
+def inexact(optimizer: Optimizer, weights: Weights) -> dict[str, int]:
+    """By group, tiles of own FP4 weights that are not exact in FP8."""
+    found: dict[str, int] = {}
+    for member, _, master in optimizer.masters(told=True):
+        formats = weights.table[member.parameter.partition("[")[0]].weight
+        if len(formats) == 2:
+            tiles = inexact_tiles(rounded(master, formats[0]), formats[1])
+            found[member.group] = found.get(member.group, 0) + tiles
+    return found
 
 
 def together(every: Sequence[Seen]) -> Seen:

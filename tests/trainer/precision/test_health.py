@@ -84,7 +84,7 @@ def test_a_run_tells_of_every_operand(told: list[dict[str, float]]) -> None:
 
 def test_tiles_of_fp4_are_counted(told: list[dict[str, float]]) -> None:
     """Weights of one run are within 2^14 of each other in every tile; a matrix that is not is counted."""
-    assert told[-1]["fp4/inexact_tiles"] == 0
+    assert told[-1]["fp4/inexact_tiles/experts"] == 0
 
 
 def test_a_run_without_formats_tells_nothing(corpus: Path, tmp_path: Path) -> None:
