@@ -128,7 +128,7 @@ def test_every_name_of_a_row_is_in_the_table(built: Built, mode: str) -> None:
 
 
 def test_the_names_of_the_table_are_all_made(built: Built) -> None:
-    """By the step's row, the loop, or the held-out rows; those of formats are in tests/trainer/precision/test_health.py."""
+    """By the step's row, the loop, or held-out rows; those of formats: tests/trainer/precision/test_health.py."""
     row = row_of(built, PLANS[2])
     times = {f"time/{part}_s" for part in ("run", "check", "save", "observe", "validation")}
     by_loop = times | {"speed/product_flops_per_s"}
