@@ -49,7 +49,7 @@ def main() -> None:
     parser.add_argument("--recipe", nargs="*", default=["bf16", "fp8", "fp8_fp4", "turning"])
     parser.add_argument("--draw", type=Path)
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
-    given = parser.parse_args()
+    given = parser.parse_intermixed_args()
     pairs = [(seed, recipe) for seed in range(1, given.seeds + 1) for recipe in given.recipe]
 
     def run(pair: tuple[int, str]) -> Learned:
