@@ -18,6 +18,7 @@ from model.inventory import FileTensor, TensorSpec
 from trainer import durable
 from trainer.precision.elements import E4M3_128X128, E4M3_OF_FP4, Format
 from trainer.precision.formats import Coded, block_amax, decode, encode_at, exponents, pack, scales
+from trainer.precision.qat import inexact_tiles
 from trainer.released import job
 from trainer.released.imported import write_report
 from trainer.released.keys import config_text
@@ -117,8 +118,8 @@ def _write_quantised(export: Export, spec: TensorSpec, files: Sequence[FileTenso
         error = max(error, _largest(spec, values, numbers))
         blocks, kept_blocks = blocks + coded.exponents.numel(), kept_blocks + stays
         if kind == "FP4":
-            wrong = inexact_tiles(values)
-            tiles, inexact = tiles + wrong.numel(), inexact + int(wrong.sum())
+            tiles += exponents(values, E4M3_OF_FP4).numel()
+            inexact += inexact_tiles(values)
         stream.append(files[0].name, pack(coded.codes) if kind == "FP4" else coded.codes)
         stream.append(files[1].name, scales(coded.exponents) if files[1].dtype == "F32" else coded.exponents)
     how = "fresh" if not kept_blocks else "kept" if kept_blocks == blocks else "mixed"
@@ -142,12 +143,6 @@ def quantise(x: Tensor, format: Format, kept: Tensor | None) -> tuple[Coded, Ten
         fresh = torch.where(same, kept, fresh)
     coded = encode_at(x, format, fresh)
     return coded, decode(coded, format), stays
-
-
-def inexact_tiles(values: Tensor) -> Tensor:
-    """Of numbers that FP4 has, which tiles of 128 x 128 e4m3 cannot have with one scale."""
-    coded = encode_at(values, E4M3_OF_FP4, exponents(values, E4M3_OF_FP4))
-    return block_amax((decode(coded, E4M3_OF_FP4) != values).float(), E4M3_OF_FP4.block) > 0
 
 
 def of_experts(formats: Mapping[str, Format], *, were_fp4: bool) -> Format:
