@@ -32,6 +32,7 @@ from trainer.pool import RowPool
 from trainer.precision import backends
 from trainer.precision.recipe import Recipe
 from trainer.precision.serving import Precision
+from trainer.precision.table import render
 from trainer.precision.weights import Weights
 from trainer.precision.wire import Wire
 from trainer.reader import Reader, restore
@@ -46,7 +47,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Built:
-    """Everything a loop needs. plans: what each step does, by number. table: which optimizer updates what, as text."""
+    """Everything a loop needs. plans: what each step does, by number. table: which optimizer
+    updates what, and which formats parameters have, as text."""
 
     config: TrainConfig
     data: Data
@@ -170,6 +172,8 @@ def build(
         for member, view in ownership.held():
             weights.round(member.parameter, view(shared[member.parameter].detach()))
     table = groups.table(every, shapes, config.optim)
+    if not recipe.is_plain:
+        table += f"\n{render(config.precision, config.model, DTYPES[config.precision.dtype].itemsize)}"
     return Built(config=config, data=data, parts=parts, plans=schedule.plan(config.schedule), table=table)
 
 
