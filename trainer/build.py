@@ -171,10 +171,13 @@ def build(
     if device.type != "meta":
         for member, view in ownership.held():
             weights.round(member.parameter, view(shared[member.parameter].detach()))
-    table = groups.table(every, shapes, config.optim)
-    if not recipe.is_plain:
-        table += f"\n{render(config.precision, config.model, DTYPES[config.precision.dtype].itemsize)}"
+    table = "\n".join([groups.table(every, shapes, config.optim), *_formats(config, recipe)])
     return Built(config=config, data=data, parts=parts, plans=schedule.plan(config.schedule), table=table)
+
+
+def _formats(config: TrainConfig, recipe: Recipe) -> list[str]:
+    """The table of formats, where there are any."""
+    return [] if recipe.is_plain else [render(config.precision, config.model, DTYPES[config.precision.dtype].itemsize)]
 
 
 def _pipeline(config: TrainConfig, model: Transformer, world: World) -> "Pipeline":

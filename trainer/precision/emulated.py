@@ -19,6 +19,7 @@ from torch import Tensor
 from trainer.precision.elements import Format
 from trainer.precision.formats import Coded, decode, encode
 from trainer.precision.health import Watch
+from trainer.precision.operands import Groups
 from trainer.precision.recipe import Formats
 
 Linear = Callable[[Tensor, Tensor], Tensor]
@@ -89,7 +90,7 @@ class _GroupedProducts(torch.autograd.Function):
     def forward(ctx: Any, x_PD: Tensor, w_EFD: Tensor, counts: list[int], formats: Formats, watch: Watch) -> Tensor:
         ctx.formats, ctx.watch, ctx.dtype, ctx.counts = formats, watch, x_PD.dtype, counts
         taken_PD = _rounded(x_PD, formats.input, "input", watch)
-        ctx.groups = Groups(counts, formats)
+        ctx.groups = Groups(counts, _side(formats))
         kept = _kept(ctx.groups.spread(taken_PD), formats) if ctx.needs_input_grad[1] else ()
         ctx.save_for_backward(w_EFD, *kept)
         y_PF = taken_PD.new_empty(taken_PD.shape[0], w_EFD.shape[1])
@@ -118,26 +119,10 @@ class _GroupedProducts(torch.autograd.Function):
         return grad_x, grad_w, None, None, None
 
 
-class Groups:
-    """Each expert's rows followed by zeros, so that no block along tokens has rows of two experts.
-
-    sizes: rows of each expert with its zeros, which add nothing to a sum over rows.
-    """
-
-    def __init__(self, counts: Sequence[int], formats: Formats) -> None:
-        blocks = [one.block[0] for one in (formats.wgrad_input, formats.wgrad_grad) if one is not None]
-        block = math.lcm(*blocks)
-        self.sizes = [-(-count // block) * block for count in counts]
-        self._counts = list(counts)
-
-    def spread(self, x_PD: Tensor) -> Tensor:
-        """x with the zeros; x itself where there are none."""
-        if self.sizes == self._counts:
-            return x_PD
-        out = x_PD.new_zeros(sum(self.sizes), x_PD.shape[1])
-        for x_pd, out_qd in zip(x_PD.split(self._counts), out.split(self.sizes), strict=True):
-            out_qd[: len(x_pd)] = x_pd
-        return out
+def _side(formats: Formats) -> int:
+    """Rows that each expert's are filled up to with zeros, so that no block along tokens has rows of two experts."""
+    blocks = [one.block[0] for one in (formats.wgrad_input, formats.wgrad_grad) if one is not None]
+    return math.lcm(*blocks)
 
 
 def _rounded(x: Tensor, format: Format | None, operand: str, watch: Watch) -> Tensor:

@@ -37,14 +37,14 @@ class Operand:
 
 
 class Groups:
-    """Rows that belong together, counts[e] of them each, laid out with zeros after each group up to a multiple of 128.
+    """Rows that belong together, counts[e] of them each, with zeros after each group up to a multiple of `side`.
 
     spans: where each group lies, of those that have rows.
     """
 
-    def __init__(self, counts: Sequence[int]) -> None:
+    def __init__(self, counts: Sequence[int], side: int = SIDE) -> None:
         self.counts = list(counts)
-        self.sizes = [_up(count, SIDE) for count in counts]
+        self.sizes = [_up(count, side) for count in counts]
         ends = list(accumulate(self.sizes))
         self.spans = {
             group: slice(end - size, end)
