@@ -10,7 +10,7 @@ from model.attend import attend
 from model.compressor import Compressor
 from model.config import CSA_RATIO, AttentionMode, ModelConfig
 from model.indexer import Index, Indexer, Target
-from model.layers import Linear, RMSNorm, island_dtype
+from model.layers import Linear, RMSNorm, Rounding, island_dtype, unrounded
 from model.rope import Rotation, norm_rotate, rotate
 from model.sight import Sight
 from model.visibility import Layout
@@ -39,12 +39,14 @@ class Attention(nn.Module):
     """wq_a, q_norm, wq_b, wkv, kv_norm, attn_sink, wo_a (G groups), wo_b; compressor and indexer by `ratio`.
 
     norm_rotate, rotate, attend and select are seams for kernels: same signatures as the functions of those names.
+    rounding is a precision seam: what the window's keys go through; entries go through that of the compressor.
     """
 
     def __init__(self, config: ModelConfig, ratio: int, dtype: torch.dtype) -> None:
         super().__init__()
         D, H, C, Q = config.hidden_size, config.num_attention_heads, config.head_dim, config.q_lora_rank
         self.config, self.ratio = config, ratio
+        self.rounding: Rounding = unrounded
         self.norm_rotate, self.rotate, self.attend, self.select = norm_rotate, rotate, attend, indexer.select
         self.wq_a = Linear(D, Q, dtype)
         self.q_norm = RMSNorm(Q, config.rms_norm_eps, dtype)
@@ -81,8 +83,8 @@ class Attention(nn.Module):
         return self.norm_rotate(q_BTHC, None, self.config.rms_norm_eps, turn_T), qr_BTQ
 
     def keys(self, h_BTD: Tensor, turn_T: Rotation) -> Tensor:
-        """kv_BTC: the window's keys, which are its values too, normalised and rotated."""
-        return self.norm_rotate(self.wkv(h_BTD), self.kv_norm.weight, self.kv_norm.eps, turn_T)
+        """kv_BTC: the window's keys, which are its values too, normalised, rotated and rounded."""
+        return self.rounding(self.norm_rotate(self.wkv(h_BTD), self.kv_norm.weight, self.kv_norm.eps, turn_T))
 
     def output(self, o_BTHC: Tensor, turn_T: Rotation) -> Tensor:
         """Rotated back at the query's position, then through the groups: y_BTD."""

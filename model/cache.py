@@ -66,9 +66,8 @@ class Compressed:
         values = torch.cat((self.value_before_BMC[done], value_BMC[..., -C:]), dim=1).unsqueeze(1)
         logits = torch.cat((self.logit_before_BMC[done], logit_BMC[..., -C:]), dim=1).unsqueeze(1)
         first_B1 = (position_B[done] - (m - 1)).unsqueeze(1)
-        entry_B1C, norm = compress(values, logits), compressor.norm
-        entry_B1C = compressor.norm_rotate(entry_B1C, norm.weight, norm.eps, turn(first_B1))
-        self.entry_BSC[done, position_B[done] // m] = entry_B1C[:, 0].to(self.entry_BSC.dtype)
+        entry_B1C = compressor.finish(compress(values, logits), turn(first_B1), self.entry_BSC.dtype)
+        self.entry_BSC[done, position_B[done] // m] = entry_B1C[:, 0]
         overlap = self.value_before_BMC.shape[1]
         self.value_before_BMC[done] = value_BMC[:, :overlap, :C]
         self.logit_before_BMC[done] = logit_BMC[:, :overlap, :C]

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from model.gather import take
-from model.layers import Linear, RMSNorm, fp32_product, island_dtype
+from model.layers import Linear, RMSNorm, Rounding, fp32_product, island_dtype, unrounded
 from model.rope import Rotation, norm_rotate
 from model.visibility import Blocks
 
@@ -59,7 +59,8 @@ def _take(x_BTC: Tensor, blocks: Blocks) -> Tensor:
 class Compressor(nn.Module):
     """wkv, wgate [C or 2C, D], ape [m, C or 2C], norm [C]. Returns entries c_BSC, normalised and rotated.
 
-    `pool` and `norm_rotate` are seams for kernels: same signatures as the functions.
+    `pool` and `norm_rotate` are seams for kernels: same signatures as the functions. `rounding` is a precision seam:
+    what finished entries go through.
     """
 
     def __init__(
@@ -69,6 +70,7 @@ class Compressor(nn.Module):
         width = 2 * channels if overlap else channels
         self.overlap = overlap
         self.pool, self.norm_rotate = pool, norm_rotate
+        self.rounding: Rounding = unrounded
         self.wkv = Linear(hidden, width, dtype, fp32_product)
         self.wgate = Linear(hidden, width, dtype, fp32_product)
         self.ape = nn.Parameter(torch.empty(ratio, width, dtype=island_dtype(dtype)))
@@ -77,4 +79,8 @@ class Compressor(nn.Module):
     def forward(self, h_BTD: Tensor, blocks: Blocks, turn_S: Rotation) -> Tensor:
         """turn_S: rotation at the position of each block's first token. The result has h's type."""
         entry_BSC = self.pool(self.wkv(h_BTD), self.wgate(h_BTD), self.ape, blocks, overlap=self.overlap)
-        return self.norm_rotate(entry_BSC, self.norm.weight, self.norm.eps, turn_S).to(h_BTD.dtype)
+        return self.finish(entry_BSC, turn_S, h_BTD.dtype)
+
+    def finish(self, entry_BSC: Tensor, turn_S: Rotation, dtype: torch.dtype) -> Tensor:
+        """Pooled blocks as entries: normalised, rotated at their first tokens, of this type, and rounded."""
+        return self.rounding(self.norm_rotate(entry_BSC, self.norm.weight, self.norm.eps, turn_S).to(dtype))

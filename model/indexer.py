@@ -1,7 +1,7 @@
 """The lightning indexer of CSA: which compressed blocks a query attends to, and how it learns that.
 
 Source: R 2.3.1 eqs. 13-17 (scores, top-k; spec 3.3); objective: V3.2 report 2.1, adapted to blocks (spec 6).
-The Hadamard rotation before FP4 cancels in the product of unquantised q and k, so it is absent here.
+The Hadamard rotation before FP4 cancels in the product of unquantised q and k: it is a part of their rounding.
 """
 
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from model.attend import products
 from model.compressor import Compressor
 from model.config import CSA_RATIO, ModelConfig
-from model.layers import Linear, at_least_fp32
+from model.layers import Linear, Rounding, at_least_fp32, unrounded
 from model.rope import Rotation, rotate
 from model.sight import Chunk, Sight
 from model.visibility import Blocks
@@ -38,11 +38,15 @@ class Target:
 
 
 class Indexer(nn.Module):
-    """wq_b [I J, Q], weights_proj [I, D], a compressor of width J. Inputs are detached: it learns from its KL only."""
+    """wq_b [I J, Q], weights_proj [I, D], a compressor of width J. Inputs are detached: it learns from its KL only.
+
+    `rounding` is a precision seam: what rotated queries go through; keys go through that of the compressor.
+    """
 
     def __init__(self, config: ModelConfig, dtype: torch.dtype) -> None:
         super().__init__()
         self.heads, self.dim = config.index_n_heads, config.index_head_dim
+        self.rounding: Rounding = unrounded
         self.wq_b = Linear(config.q_lora_rank, self.heads * self.dim, dtype)
         self.weights_proj = Linear(config.hidden_size, self.heads, dtype)
         self.compressor = Compressor(
@@ -55,9 +59,9 @@ class Indexer(nn.Module):
         return Index(q_BTIJ=q_BTIJ, k_BSJ=self.compressor(h_BTD, blocks, turn_S), w_BTI=w_BTI)
 
     def queries(self, h_BTD: Tensor, qr_BTQ: Tensor, turn_T: Rotation) -> tuple[Tensor, Tensor]:
-        """q_BTIJ, rotated, and the heads' weights w_BTI in at least fp32."""
+        """q_BTIJ, rotated and rounded, and the heads' weights w_BTI in at least fp32."""
         q_BTIJ = rotate(self.wq_b(qr_BTQ).unflatten(-1, (self.heads, self.dim)), turn_T)
-        return q_BTIJ, at_least_fp32(self.weights_proj(h_BTD)) * (self.dim**-0.5 * self.heads**-0.5)
+        return self.rounding(q_BTIJ), at_least_fp32(self.weights_proj(h_BTD)) * (self.dim**-0.5 * self.heads**-0.5)
 
 
 def scores(q_BQIJ: Tensor, key: Tensor, w_BQI: Tensor) -> Tensor:

@@ -55,6 +55,14 @@ def rms_normalize(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     return _RMSNorm.apply(x, weight, eps)
 
 
+Rounding = Callable[[Tensor], Tensor]
+
+
+def unrounded(x: Tensor) -> Tensor:
+    """x itself: the plain default of the seams that round what attention looks at."""
+    return x
+
+
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """`rms_normalize`, returned in x's type."""
     return rms_normalize(x, weight, eps).to(x.dtype)

@@ -1,4 +1,7 @@
-"""Proves that FP8 and FP4 have the bits of one process on any layout, after a save, across a turn to FP4."""
+"""Proves that FP8 and FP4 have the bits of one process on any layout, after a save, across a turn to FP4.
+
+What turns are the experts, the indexer's q and k, keys and entries.
+"""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -12,6 +15,7 @@ from tests.dist import ranks, sessions
 from tests.dist.ranks import LENGTH, Case, Steps
 from tests.trainer.precision.recipes import recipe
 from trainer.parallel.mesh import Mesh
+from trainer.precision.config import PrecisionConfig, RoundingConfig
 
 Alone = Callable[[Case], Steps]
 ROWS = (4, 3, 5, 1, 4, 2, 7)
@@ -21,11 +25,17 @@ BOTH, PIPE_2 = Mesh(data=4, expert=2, owners=4), Mesh(pipe=2)
 ALL = Mesh(pipe=2, data=2, expert=2, owners=2)
 
 
-def case(name: str, fp4_from: int = 0, **changes: object) -> Case:
-    return Case(rows=ROWS, dtype="bf16", changes={"precision": recipe(name, "bf16", fp4_from), **changes})
+def case(precision: PrecisionConfig) -> Case:
+    return Case(rows=ROWS, dtype="bf16", changes={"precision": precision})
 
 
-FP8, FP4, TURNING = case("fp8"), case("fp8_fp4"), case("fp8_fp4", TURN)
+def turning(tokens: int) -> PrecisionConfig:
+    """FP8, and all that can be in FP4 or rounded from so many tokens on."""
+    index, entries = (RoundingConfig(format=name, from_tokens=tokens) for name in ("e2m1_1x32", "e4m3_1x64"))
+    return replace(recipe("fp8_fp4", "bf16", tokens), index=index, entries=entries)
+
+
+FP8, FP4, TURNING = case(recipe("fp8")), case(recipe("fp8_fp4")), case(turning(TURN))
 RECIPES = {"fp8": FP8, "fp8_fp4": FP4, "turning": TURNING}
 
 

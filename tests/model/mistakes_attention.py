@@ -139,7 +139,7 @@ COMPRESSOR = {
     "ape dropped": mistake("compressor.pool", (" + ape_MC", "")),
     "softmax over channels": mistake("compressor.compress", ("dim=2", "dim=3")),
     "entries without the norm's weight": mistake(
-        "compressor.Compressor.forward", ("entry_BSC, self.norm.weight,", "entry_BSC, None,")
+        "compressor.Compressor.finish", ("entry_BSC, self.norm.weight,", "entry_BSC, None,")
     ),
     "entries without norm": mistake("rope.norm_rotate", ("rms_normalize(x, weight, eps)", "x")),
     "norm's weight after RoPE": mistake(

@@ -46,7 +46,11 @@ MISTAKES = {
     "a prompt's block before is its own": mistake(
         "cache.Compressed.fill", ("self.value_before_BMC.shape[1]] - m", "self.value_before_BMC.shape[1]]")
     ),
-    "entries without the norm's weight": mistake(
-        "cache.Compressed.add", ("norm_rotate(entry_B1C, norm.weight", "norm_rotate(entry_B1C, None")
+    "entries as they were pooled": mistake(
+        "cache.Compressed.add",
+        (
+            "compressor.finish(compress(values, logits), turn(first_B1), self.entry_BSC.dtype)",
+            "compress(values, logits).to(self.entry_BSC.dtype)",
+        ),
     ),
 }

@@ -47,6 +47,21 @@ class RuleConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class RoundingConfig:
+    """The format of what attention looks at, not of a parameter; "" is the run's type."""
+
+    format: str = ""
+    from_tokens: int = 0
+    """Steps that begin after so many tokens; before, nothing is rounded."""
+
+    def __post_init__(self) -> None:
+        require(self.from_tokens >= 0, "from_tokens", self.from_tokens, "at least 0 tokens")
+        if self.format:
+            rows = _format("format", self.format).block[0]
+            require(rows == 1, "format", self.format, "a block within a row, or a scale would tell of later tokens")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class PrecisionConfig:
     """The type of weights and activations; fp32 islands and fp32 masters are kept whatever it is.
 
@@ -56,6 +71,10 @@ class PrecisionConfig:
     dtype: Precision = "bf16"
     rules: dict[str, RuleConfig] = field(default_factory=dict)
     """By a name of ours, in order; every parameter has the last rule that names it (docs/precision.md)."""
+    index: RoundingConfig = field(default_factory=RoundingConfig)
+    """The indexer's q and k, after the Hadamard rotation; V4's: e2m1_1x32."""
+    entries: RoundingConfig = field(default_factory=RoundingConfig)
+    """The window's keys and compressed entries, but for their rotated channels; V4's: e4m3_1x64."""
     backend: BackEnd = "auto"
     """What multiplies numbers with formats; auto: the fastest that this device has and that meets the rules exactly."""
     floor_e4m3: float = FLOORS["e4m3"]

@@ -66,7 +66,7 @@ class _Products(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, formats: Formats, watch: Watch) -> Tensor:
         ctx.formats, ctx.watch, ctx.dtype = formats, watch, x.dtype
-        taken = _rounded(x, formats.input, "input", watch)
+        taken = cast(x, formats.input, "input", watch)
         ctx.save_for_backward(weight, *(_kept(taken, formats) if ctx.needs_input_grad[1] else ()))
         return torch.bmm(taken, weight.mT)
 
@@ -76,9 +76,9 @@ class _Products(torch.autograd.Function):
         weight, *kept = ctx.saved_tensors
         grad_x = grad_weight = None
         if ctx.needs_input_grad[0]:
-            grad_x = torch.bmm(_rounded(grad, formats.grad, "grad", watch), weight)
+            grad_x = torch.bmm(cast(grad, formats.grad, "grad", watch), weight)
         if ctx.needs_input_grad[1]:
-            of_weight = _rounded(grad, formats.wgrad_grad, "wgrad_grad", watch)
+            of_weight = cast(grad, formats.wgrad_grad, "wgrad_grad", watch)
             grad_weight = torch.bmm(of_weight.mT, _taken_out(kept, formats, ctx.dtype))
         return grad_x, grad_weight, None, None
 
@@ -89,7 +89,7 @@ class _GroupedProducts(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_PD: Tensor, w_EFD: Tensor, counts: list[int], formats: Formats, watch: Watch) -> Tensor:
         ctx.formats, ctx.watch, ctx.dtype, ctx.counts = formats, watch, x_PD.dtype, counts
-        taken_PD = _rounded(x_PD, formats.input, "input", watch)
+        taken_PD = cast(x_PD, formats.input, "input", watch)
         ctx.groups = Groups(counts, _side(formats))
         kept = _kept(ctx.groups.spread(taken_PD), formats) if ctx.needs_input_grad[1] else ()
         ctx.save_for_backward(w_EFD, *kept)
@@ -104,13 +104,13 @@ class _GroupedProducts(torch.autograd.Function):
         w_EFD, *kept = ctx.saved_tensors
         grad_x = grad_w = None
         if ctx.needs_input_grad[0]:
-            rounded_PF = _rounded(grad_PF, formats.grad, "grad", watch)
+            rounded_PF = cast(grad_PF, formats.grad, "grad", watch)
             grad_x = grad_PF.new_empty(grad_PF.shape[0], w_EFD.shape[2])
             parts = zip(rounded_PF.split(ctx.counts), w_EFD, grad_x.split(ctx.counts), strict=True)
             for grad_pf, w_FD, grad_pd in parts:
                 torch.mm(grad_pf, w_FD, out=grad_pd)
         if ctx.needs_input_grad[1]:
-            of_weight = _rounded(groups.spread(grad_PF), formats.wgrad_grad, "wgrad_grad", watch)
+            of_weight = cast(groups.spread(grad_PF), formats.wgrad_grad, "wgrad_grad", watch)
             x_QD, grad_w = _taken_out(kept, formats, ctx.dtype), torch.empty_like(w_EFD)
             for grad_qf, x_qd, grad_FD in zip(
                 of_weight.split(groups.sizes), x_QD.split(groups.sizes), grad_w, strict=True
@@ -125,7 +125,8 @@ def _side(formats: Formats) -> int:
     return math.lcm(*blocks)
 
 
-def _rounded(x: Tensor, format: Format | None, operand: str, watch: Watch) -> Tensor:
+def cast(x: Tensor, format: Format | None, operand: str, watch: Watch) -> Tensor:
+    """x in a format's numbers, itself without one; noted as this operand where the watch is on."""
     if format is None:
         return x
     coded = encode(x, format)

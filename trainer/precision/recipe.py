@@ -47,6 +47,14 @@ class Formats:
 PLAIN = Formats()
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LookedAt:
+    """What attention looks at: the indexer's q and k, keys and entries; None: the run's type."""
+
+    index: Format | None = None
+    entries: Format | None = None
+
+
 class Recipe:
     """The rules of a run and what they say of each parameter of its model.
 
@@ -59,11 +67,21 @@ class Recipe:
         self._able = dict(_parameters(model))
         self._named = {name: self._names(name, rule) for name, rule in config.rules.items()}
         self._check_experts()
+        channels = model.index_head_dim
+        if config.index.format:
+            key = "precision.index.format"
+            require(
+                channels & (channels - 1) == 0,
+                key,
+                config.index.format,
+                f'"", as index_head_dim={channels} is no power of two',
+            )
 
     @cached_property
     def stages(self) -> tuple[int, ...]:
         """The numbers of tokens from which on other formats hold, 0 first."""
-        return tuple(sorted({0, *(rule.from_tokens for rule in self._config.rules.values())}))
+        looked_at = (one for one in (self._config.index, self._config.entries) if one.format)
+        return tuple(sorted({0, *(rule.from_tokens for rule in (*self._config.rules.values(), *looked_at))}))
 
     def stage(self, tokens: int) -> int:
         """The stage, as its first number of tokens, of a step that begins after `tokens`."""
@@ -77,19 +95,31 @@ class Recipe:
                 found |= dict.fromkeys(self._named[name], self._formats(name, rule))
         return found
 
+    def looked_at(self, tokens: int) -> LookedAt:
+        """What holds of keys and entries in a step that begins after `tokens`."""
+        index, entries = self._config.index, self._config.entries
+        of = self._config.format
+        return LookedAt(
+            index=of(index.format) if index.from_tokens <= tokens else None,
+            entries=of(entries.format) if entries.from_tokens <= tokens else None,
+        )
+
     def rounded(self) -> set[str]:
         """The parameters that at some time are not just their masters cast."""
         return {name for start in self.stages for name, formats in self.at(start).items() if formats.weight}
 
     @property
     def is_plain(self) -> bool:
-        """Whether no parameter has a format at any time."""
-        return all(formats.is_plain for start in self.stages for formats in self.at(start).values())
+        """Whether nothing has a format at any time."""
+        parameters = all(formats.is_plain for start in self.stages for formats in self.at(start).values())
+        return parameters and all(self.looked_at(start) == LookedAt() for start in self.stages)
 
     def hash(self) -> str:
         """Of all that the recipe says; the same where the same bits come out."""
         said = {
-            start: {name: asdict(one) | {"rule": ""} for name, one in self.at(start).items()} for start in self.stages
+            start: {name: asdict(one) | {"rule": ""} for name, one in self.at(start).items()}
+            | {key: one for key, one in asdict(self.looked_at(start)).items() if one}
+            for start in self.stages
         }
         return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()[:16]
 

@@ -16,6 +16,7 @@ from model.transformer import Transformer
 from trainer.parallel.expert import ExpertDispatcher
 from trainer.precision import backends
 from trainer.precision.config import PrecisionConfig
+from trainer.precision.entries import Roundings
 from trainer.precision.health import Seen, Watch, seen
 from trainer.precision.recipe import Recipe
 from trainer.precision.weights import Weights
@@ -73,11 +74,14 @@ class Precision:
             for name, module in view.named_modules()
             if isinstance(module, MoE) and isinstance(module.dispatcher, ExpertDispatcher)
         ]
+        self._roundings = Roundings(views, self.watches)
+        self._roundings.enter(weights.recipe.looked_at(weights.recipe.stages[0]))
         self._serve()
 
     def enter(self, tokens: int) -> set[str]:
         """What holds from `tokens` on; returns the parameters whose weights must be made from their masters again."""
         changed = self.weights.enter(tokens)
+        self._roundings.enter(self.weights.recipe.looked_at(tokens))
         if changed:
             self._serve()
         return changed

@@ -8,7 +8,7 @@ from model.logical import locate
 from optim.groups import aligned
 from trainer.precision.config import PrecisionConfig
 from trainer.precision.elements import coded_bytes
-from trainer.precision.recipe import Formats, Recipe
+from trainer.precision.recipe import Formats, LookedAt, Recipe
 
 HEAD = ("group", "rule", "weight", "input", "grad", "wgrad input", "wgrad grad", "parameters", "bytes held", "sent")
 
@@ -56,10 +56,16 @@ def render(config: PrecisionConfig, model: ModelConfig, element_bytes: int) -> s
     for start in recipe.stages:
         rows = [_row(line) for line in lines(config, model, start, element_bytes)]
         title = [f"from {start:,} tokens on"] if len(recipe.stages) > 1 else []
-        blocks += [*title, aligned([HEAD, *rows], left=set(range(7)))]
+        blocks += [*title, aligned([HEAD, *rows], left=set(range(7))), *_looked_at(recipe.looked_at(start))]
     return "\n".join([*blocks, f"recipe {recipe.hash()}"])
 
 
 def _row(line: Line) -> tuple[str, ...]:
     each = (f"{size / line.parameters:.3f}" for size in (line.held, line.sent))
     return line.group, line.formats.rule or "-", *line.formats.operands(), f"{line.parameters:,}", *each
+
+
+def _looked_at(holds: LookedAt) -> list[str]:
+    index = f"the indexer's q and k, after the Hadamard rotation: {holds.index.name}" if holds.index else ""
+    entries = f"keys and compressed entries, but for rotated channels: {holds.entries.name}" if holds.entries else ""
+    return [line for line in (index, entries) if line]
