@@ -20,9 +20,8 @@ import math
 import statistics
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from types import ModuleType
 
 from benchmarks import gpu, gpu_products, gpu_step, report
 from launch.compose import compose
@@ -61,7 +60,7 @@ def main() -> int:
     where = gpu.place(__doc__, tuple(PARTS))
     flash = compose(["recipe=flash", f"device={where.device.type}"]).config.model
     found, refused = gpu.ceilings(where), _refusals(where)
-    able = {name: backends.module(name) for name, reason in refused.items() if not reason}
+    able = [name for name, reason in refused.items() if not reason]
     print(report.heading("benchmarks.gpu_precision", f"{TOKENS} tokens, {STEPS} steps", where.device.type))
     print(found.lines())
     print("\n".join(f"{name:<10}{reason or 'computes here'}" for name, reason in refused.items()))
@@ -83,13 +82,13 @@ def _refusals(where: gpu.Place) -> dict[str, str]:
     return {name: backends.module(name).refusal(gpu_products.FP8, where.device) for name in backends.MODULES}
 
 
-def _products(flash: ModelConfig, able: Mapping[str, ModuleType], where: gpu.Place) -> Iterator[Line]:
+def _products(flash: ModelConfig, able: Sequence[str], where: gpu.Place) -> Iterator[Line]:
     config, T = (gpu_products.tiny(flash), 192) if where.quick else (flash, TOKENS)
     for shape in gpu_products.shapes(config, T):
         yield from gpu_products.rows(shape, able, where)
 
 
-def _steps(flash: ModelConfig, able: Mapping[str, ModuleType], where: gpu.Place) -> Iterator[Line]:
+def _steps(flash: ModelConfig, able: Sequence[str], where: gpu.Place) -> Iterator[Line]:
     config, T = (gpu_step.tiny_of(flash), 32) if where.quick else (gpu_step.slice_of(flash), TOKENS)
     model, base = gpu_step.build(config, where), math.nan
     for name in RECIPES:
@@ -124,7 +123,7 @@ def _precision(name: str) -> PrecisionConfig:
     return compose([f"precision={name}"]).config.precision
 
 
-def _losses(flash: ModelConfig, able: Mapping[str, ModuleType], where: gpu.Place) -> Iterator[Line]:
+def _losses(flash: ModelConfig, able: Sequence[str], where: gpu.Place) -> Iterator[Line]:
     base: list[float] = []
     for name in RECIPES:
         for who in able if name != "bf16" else ("-",):

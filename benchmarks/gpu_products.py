@@ -1,8 +1,7 @@
 """Products in bf16 and with FP8 operands at V4-Flash's sizes, for `benchmarks.gpu_precision`."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -10,7 +9,7 @@ from torch import Tensor
 from benchmarks import gpu
 from model.config import ModelConfig
 from model.kernels import grouped as grouped_bf16
-from trainer.precision import emulated
+from trainer.precision import backends
 from trainer.precision.elements import E4M3_1X128, E4M3_128X1, E4M3_128X128
 from trainer.precision.formats import rounded
 from trainer.precision.health import Watch
@@ -56,7 +55,7 @@ def shapes(config: ModelConfig, T: int) -> list[Shape]:
     ]
 
 
-def rows(shape: Shape, able: Mapping[str, ModuleType], where: gpu.Place) -> Iterator[tuple[str, ...]]:
+def rows(shape: Shape, able: Sequence[str], where: gpu.Place) -> Iterator[tuple[str, ...]]:
     """A row of the table for bf16 and each back end that can; the product alone, and the map forwards and backwards.
 
     The map makes its codes, those of the weight apart, which are made once per optimizer step.
@@ -72,16 +71,16 @@ def rows(shape: Shape, able: Mapping[str, ModuleType], where: gpu.Place) -> Iter
     base_product = _forward(plain, x, weight, where)
     base_map = where.seconds(_map(plain, x, weight, grad))
     yield _cells(shape, "bf16" if dtype == torch.bfloat16 else "fp32", base_product, base_map, base_product, base_map)
-    expected = emulated.grouped(FP8, Watch())(x, weight, list(shape.counts)).detach()
-    for name, module in able.items():
-        serve = module.grouped(FP8, Watch())
+    expected = backends.products_of(backends.EMULATED).grouped(FP8, Watch())(x, weight, list(shape.counts)).detach()
+    for name in able:
+        serve = backends.products_of(name).grouped(FP8, Watch())
 
         def product(x: Tensor, weight: Tensor, serve: Callable[..., Tensor] = serve) -> Tensor:
             return serve(x, weight, list(shape.counts))
 
         found = product(x, weight).detach()
         apart = float((found.float() - expected.float()).norm() / expected.float().norm())
-        alone = _operands_ready(module, shape, x, weight, where)
+        alone = _operands_ready(name, shape, x, weight, where)
         whole = where.seconds(_map(product, x, weight, grad))
         yield (*_cells(shape, name, alone, whole, base_product, base_map)[:-1], f"{apart:.1e}")
 
@@ -98,14 +97,15 @@ def _forward(product: Callable[[Tensor, Tensor], Tensor], x: Tensor, weight: Ten
 
 
 @torch.no_grad()
-def _operands_ready(module: ModuleType, shape: Shape, x: Tensor, weight: Tensor, where: gpu.Place) -> float | None:
+def _operands_ready(name: str, shape: Shape, x: Tensor, weight: Tensor, where: gpu.Place) -> float | None:
     """Seconds of the product of codes that are there; None for a back end that multiplies no codes."""
-    if not hasattr(module, "multiply"):
+    if name == backends.EMULATED:
         return None
+    multiply = backends.module(name).multiply
     groups = Groups(shape.counts)
     weights = WeightCodes(weight.detach()).forwards
     pairs = list(zip(rows_of(casts().cast_rows(x.detach()), groups), weights, strict=True))
-    return where.seconds(lambda: module.multiply(pairs, x.dtype))
+    return where.seconds(lambda: multiply(pairs, x.dtype))
 
 
 def _map(product: Callable[[Tensor, Tensor], Tensor], x: Tensor, weight: Tensor, grad: Tensor) -> Callable[[], object]:

@@ -1,18 +1,35 @@
 """Which back end multiplies numbers with formats: chosen once, before the first step, and never changed silently."""
 
 import importlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
 from types import ModuleType
 
 import torch
 
 from model.config import require
+from trainer.precision import emulated, products
 from trainer.precision.config import BackEnd
+from trainer.precision.emulated import Grouped, Linear
+from trainer.precision.health import Watch
 from trainer.precision.recipe import Formats, Recipe
 
 EMULATED = "emulated"
 MODULES = {"torch": "blockscaled", "te": "te", EMULATED: "emulated"}
 """The back ends that compute, fastest first, and their modules in this package."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Products:
+    """What a back end puts at the model's precision seams, made for a parameter's formats and a watch of its operands.
+
+    `emulated.py` says what each computes.
+    """
+
+    linear: Callable[[Formats, Watch], Linear]
+    side_by_side: Callable[[Formats, Watch], Linear]
+    grouped: Callable[[Formats, Watch], Grouped]
 
 
 def choose(backend: BackEnd, table: Mapping[str, Formats], device: torch.device) -> str:
@@ -30,8 +47,20 @@ def choose(backend: BackEnd, table: Mapping[str, Formats], device: torch.device)
 
 
 def module(name: str) -> ModuleType:
-    """The module of a back end: linear, side_by_side, grouped, refusal."""
+    """The module of a back end. All say `refusal`; those but the emulated one `describe` and `multiply`."""
     return importlib.import_module(f"trainer.precision.{MODULES[name]}")
+
+
+def products_of(name: str) -> Products:
+    """The products of a back end: the emulated one's own, of the others those of `products.py` by their `multiply`."""
+    if name == EMULATED:
+        return Products(linear=emulated.linear, side_by_side=emulated.side_by_side, grouped=emulated.grouped)
+    multiply = module(name).multiply
+    return Products(
+        linear=partial(products.linear, multiply),
+        side_by_side=partial(products.side_by_side, multiply),
+        grouped=partial(products.grouped, multiply),
+    )
 
 
 def of_run(backend: BackEnd, recipe: Recipe, device: torch.device) -> str:

@@ -12,8 +12,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from trainer.precision import products
-from trainer.precision.emulated import Grouped, Linear
-from trainer.precision.health import Watch
 from trainer.precision.operands import Operand
 from trainer.precision.recipe import Formats
 
@@ -25,21 +23,6 @@ CUDA = (12, 9)
 def refusal(formats: Formats, device: torch.device) -> str:
     """Why these formats cannot be computed on the device; "": they can."""
     return products.refusal(formats) or hopper_refusal(device) or _library_refusal()
-
-
-def linear(formats: Formats, watch: Watch) -> Linear:
-    """As `emulated.linear`, by block-scaled products."""
-    return products.linear(multiply, formats, watch)
-
-
-def side_by_side(formats: Formats, watch: Watch) -> Linear:
-    """As `emulated.side_by_side`, by block-scaled products."""
-    return products.side_by_side(multiply, formats, watch)
-
-
-def grouped(formats: Formats, watch: Watch) -> Grouped:
-    """As `emulated.grouped`, by a block-scaled product per expert."""
-    return products.grouped(multiply, formats, watch)
 
 
 def describe() -> str:

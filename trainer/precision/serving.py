@@ -27,7 +27,7 @@ SEAMS: dict[type[nn.Module], tuple[str, str, str]] = {
     GroupedLinear: ("matmul", "weight", "side_by_side"),
     Experts: ("grouped_matmul", "w1", "grouped"),
 }
-"""By kind of module: its seam, the parameter whose formats hold in it, the function of a back end that serves there."""
+"""By kind of module: its seam, the parameter whose formats hold in it, which of a back end's `Products` serves."""
 UPWARD = 2
 """Products of an expert that take a token: w1 and w3."""
 
@@ -52,7 +52,7 @@ class Precision:
     def __init__(
         self, weights: Weights, views: Sequence[Transformer], groups: Mapping[str, str], backend: str = "emulated"
     ) -> None:
-        self.weights, self._backend = weights, backends.module(backend)
+        self.weights, self._products = weights, backends.products_of(backend)
         self.watches = {group: Watch() for group in sorted(set(groups.values()))}
         self._groups = groups
         self._seams = [
@@ -110,7 +110,7 @@ class Precision:
         for seam in self._seams:
             formats, serving = self.weights.table[seam.parameter], seam.plain
             if not formats.has_plain_products:
-                serving = getattr(self._backend, seam.function)(formats, self.watches[self._groups[seam.parameter]])
+                serving = getattr(self._products, seam.function)(formats, self.watches[self._groups[seam.parameter]])
             setattr(seam.module, seam.attribute, serving)
         for dispatcher, parameter in self._dispatchers:
             taken, watch = self.weights.table[parameter].input, self.watches[self._groups[parameter]]

@@ -20,8 +20,6 @@ from torch import Tensor
 
 from trainer.precision import products
 from trainer.precision.blockscaled import hopper_refusal
-from trainer.precision.emulated import Grouped, Linear
-from trainer.precision.health import Watch
 from trainer.precision.operands import Operand
 from trainer.precision.recipe import Formats
 
@@ -37,21 +35,6 @@ USED = {
 def refusal(formats: Formats, device: torch.device) -> str:
     """Why these formats cannot be computed on the device; "": they can. Imports Transformer Engine only if they may."""
     return products.refusal(formats) or hopper_refusal(device) or _unknown()
-
-
-def linear(formats: Formats, watch: Watch) -> Linear:
-    """As `emulated.linear`, by Transformer Engine's products."""
-    return products.linear(multiply, formats, watch)
-
-
-def side_by_side(formats: Formats, watch: Watch) -> Linear:
-    """As `emulated.side_by_side`, by Transformer Engine's products."""
-    return products.side_by_side(multiply, formats, watch)
-
-
-def grouped(formats: Formats, watch: Watch) -> Grouped:
-    """As `emulated.grouped`, by Transformer Engine's products."""
-    return products.grouped(multiply, formats, watch)
 
 
 def describe() -> str:

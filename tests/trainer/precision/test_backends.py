@@ -8,7 +8,9 @@ import torch
 from tests.trainer.precision.hopper import FP8, FP8_FP4, on_hopper
 from trainer.precision import backends, blockscaled, te
 from trainer.precision.elements import named
+from trainer.precision.health import Watch
 from trainer.precision.recipe import PLAIN, Formats
+from trainer.precision.serving import SEAMS
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 ONLY_WEIGHTS = Formats(weight=FP8.weight)
@@ -61,11 +63,11 @@ def test_where_no_product_has_a_format_nothing_is_refused(backend: str) -> None:
     assert backends.choose(backend, table, CPU) == ("torch" if backend == "auto" else backend)
 
 
-def test_each_describes_itself_and_has_the_same_functions() -> None:
+def test_each_describes_itself_and_has_all_products() -> None:
     lines = {name: backends.describe(name) for name in backends.MODULES}
     assert lines["emulated"] == "emulated"
     assert lines["torch"].startswith("torch: scaled_mm")
     assert lines["te"].startswith("te 2.20.2: ")
     for name in backends.MODULES:
-        for function in ("linear", "side_by_side", "grouped", "refusal"):
-            assert callable(getattr(backends.module(name), function))
+        made = [getattr(backends.products_of(name), kind)(FP8, Watch()) for _, _, kind in SEAMS.values()]
+        assert all(map(callable, made))

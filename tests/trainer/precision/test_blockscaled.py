@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from tests.trainer.precision.hopper import FP8, FP8_FP4, on_hopper, operands, scaled_mm
-from trainer.precision import blockscaled, emulated, products
+from trainer.precision import backends, blockscaled, products
 from trainer.precision import operands as layouts
 from trainer.precision.elements import E2M1_1X32, E4M3_128X128
 from trainer.precision.health import Watch, seen
@@ -22,7 +22,7 @@ from trainer.precision.health import Watch, seen
 LIMITS = {torch.float32: 1e-6, torch.bfloat16: 2**-8}
 """fp32: sums of some hundred terms in another order; bf16: a result may be rounded to the other side."""
 RAGGED = [5, 0, 130, 128, 1]
-Back = Callable[..., Any]
+TORCH, EMULATED = backends.products_of("torch"), backends.products_of("emulated")
 
 
 @pytest.fixture(autouse=True)
@@ -50,8 +50,7 @@ def assert_equal(found: list[Tensor], expected: list[Tensor]) -> None:
 def test_experts_products_equal_the_emulated_ones(counts: list[int], D: int, out: int, dtype: torch.dtype) -> None:
     given = operands(counts, D, out, dtype)
     found, expected = (
-        three(lambda x, w, back=back: back.grouped(FP8, Watch())(x, w, counts), **given)
-        for back in (blockscaled, emulated)
+        three(lambda x, w, back=back: back.grouped(FP8, Watch())(x, w, counts), **given) for back in (TORCH, EMULATED)
     )
     assert_equal(found, expected)
     assert [bool(grad.any()) for grad in found[2]] == [count > 0 for count in counts]
@@ -62,16 +61,14 @@ def test_experts_products_equal_the_emulated_ones(counts: list[int], D: int, out
 def test_a_linear_map_equals_the_emulated_one(rows: tuple[int, int], dtype: torch.dtype) -> None:
     given = operands([rows[0] * rows[1]], 256, 136, dtype)
     x, weight, grad = given["x"].unflatten(0, rows), given["weight"][0], given["grad"].unflatten(0, rows)
-    found, expected = (three(back.linear(FP8, Watch()), x, weight, grad) for back in (blockscaled, emulated))
+    found, expected = (three(back.linear(FP8, Watch()), x, weight, grad) for back in (TORCH, EMULATED))
     assert_equal(found, expected)
 
 
 def test_maps_side_by_side_equal_the_emulated_ones() -> None:
     given = operands([75] * 4, 136, 24, torch.float32)
     x, grad = (given[name].unflatten(0, (4, 3, 25)).permute(1, 2, 0, 3) for name in ("x", "grad"))
-    found, expected = (
-        three(back.side_by_side(FP8, Watch()), x, given["weight"], grad) for back in (blockscaled, emulated)
-    )
+    found, expected = (three(back.side_by_side(FP8, Watch()), x, given["weight"], grad) for back in (TORCH, EMULATED))
     assert_equal(found, expected)
 
 
@@ -80,13 +77,13 @@ def test_kernels_make_the_codes_of_the_plain_casts(monkeypatch: pytest.MonkeyPat
     given, found = operands(RAGGED, 200, 72, torch.float32), []
     for casts in ("casts", "kernels"):
         monkeypatch.setattr(products, "casts", lambda casts=casts: import_module(f"trainer.precision.{casts}"))
-        found.append(three(lambda x, w: blockscaled.grouped(FP8, Watch())(x, w, RAGGED), **given))
+        found.append(three(lambda x, w: TORCH.grouped(FP8, Watch())(x, w, RAGGED), **given))
     assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
 
 
 def test_no_rows_at_all() -> None:
     given = operands([0, 0], 128, 16, torch.bfloat16)
-    y, grad_x, grad_weight = three(lambda x, w: blockscaled.grouped(FP8, Watch())(x, w, [0, 0]), **given)
+    y, grad_x, grad_weight = three(lambda x, w: TORCH.grouped(FP8, Watch())(x, w, [0, 0]), **given)
     assert (y.shape, grad_x.shape) == ((0, 16), (0, 128))
     assert grad_weight.eq(0).all()
 
@@ -97,8 +94,7 @@ def test_what_is_not_finite_is_seen_where_the_emulated_products_show_it(bad: flo
     given = operands(counts, 256, 24, torch.float32)
     given["x"][9, 200] = bad
     found, expected = (
-        three(lambda x, w, back=back: back.grouped(FP8, Watch())(x, w, counts), **given)
-        for back in (blockscaled, emulated)
+        three(lambda x, w, back=back: back.grouped(FP8, Watch())(x, w, counts), **given) for back in (TORCH, EMULATED)
     )
     assert expected[0].isnan().any()
     for one, other in zip(found, expected, strict=True):
@@ -108,7 +104,7 @@ def test_what_is_not_finite_is_seen_where_the_emulated_products_show_it(bad: flo
 
 def test_notes_are_those_of_the_emulated_back_end() -> None:
     given, notes = operands(RAGGED, 200, 72, torch.bfloat16), []
-    for back in (blockscaled, emulated):
+    for back in (TORCH, EMULATED):
         watch = Watch()
         watch.on = True
         three(lambda x, w, back=back, watch=watch: back.grouped(FP8, watch)(x, w, RAGGED), **given)
@@ -126,7 +122,7 @@ def test_weights_are_encoded_once_for_each_of_their_versions(monkeypatch: pytest
         return weight_codes(weight)
 
     monkeypatch.setattr(layouts, "WeightCodes", counted)
-    given, product = operands([40, 2], 128, 16, torch.float32), blockscaled.grouped(FP8, Watch())
+    given, product = operands([40, 2], 128, 16, torch.float32), TORCH.grouped(FP8, Watch())
     weight = torch.nn.Parameter(given["weight"])
     first = product(given["x"], weight, [40, 2])
     assert torch.equal(product(given["x"], torch.nn.Parameter(weight.detach()), [40, 2]), first)
@@ -141,7 +137,7 @@ def test_a_frozen_weight_keeps_nothing_and_has_no_gradient() -> None:
     given, saved = operands([130], 128, 16, torch.float32), []
     x = given["x"].requires_grad_()
     with torch.autograd.graph.saved_tensors_hooks(lambda one: saved.append(one) or one, lambda one: one):
-        y = blockscaled.grouped(FP8, Watch())(x, given["weight"], [130])
+        y = TORCH.grouped(FP8, Watch())(x, given["weight"], [130])
     assert saved == []
     assert torch.autograd.grad(y.sum(), x)[0].any()
 
@@ -149,7 +145,7 @@ def test_a_frozen_weight_keeps_nothing_and_has_no_gradient() -> None:
 def test_between_the_passes_inputs_are_kept_as_codes() -> None:
     given, saved = operands([130], 256, 16, torch.bfloat16), []
     with torch.autograd.graph.saved_tensors_hooks(lambda one: saved.append(one) or one, lambda one: one):
-        blockscaled.grouped(FP8, Watch())(given["x"], given["weight"].requires_grad_(), [130])
+        TORCH.grouped(FP8, Watch())(given["x"], given["weight"].requires_grad_(), [130])
     assert sum(one.nbytes for one in saved) == 130 * 256 + 130 * 2
 
 
@@ -171,14 +167,14 @@ def test_torchs_own_check_takes_the_arguments(monkeypatch: pytest.MonkeyPatch) -
     real = F.scaled_mm
     monkeypatch.setattr(F, "scaled_mm", check)
     given = operands([256, 0, 3], 640, 384, torch.bfloat16)
-    three(lambda x, w: blockscaled.grouped(FP8, Watch())(x, w, [256, 0, 3]), **given)
+    three(lambda x, w: TORCH.grouped(FP8, Watch())(x, w, [256, 0, 3]), **given)
     assert checked == [(256, 384), (128, 384), (256, 640), (128, 640), (384, 640), (384, 640)]
 
 
 def test_fp64_is_refused() -> None:
     ones = torch.ones(2, 128, dtype=torch.float64)
     with pytest.raises(TypeError, match=r"expected fp32 or bf16, found torch.float64; see precision.backend"):
-        blockscaled.linear(FP8, Watch())(ones, ones)
+        TORCH.linear(FP8, Watch())(ones, ones)
 
 
 CUDA = torch.device("cuda")

@@ -167,7 +167,7 @@ def test_a_number_that_is_none_is_seen_in_the_product() -> None:
     assert torch.equal(y[[0, 1, 3]], clean[[0, 1, 3]])
 
 
-kept, one_rounding = emulated._kept, emulated._rounded
+kept, one_rounding = emulated._kept, emulated.cast
 
 
 def along_rows(x: Tensor, format: Any, operand: str, watch: Watch) -> Tensor:
@@ -179,8 +179,8 @@ def unrounded(x: Tensor, format: Any, operand: str, watch: Watch) -> Tensor:
 
 
 MISTAKES: dict[str, tuple[Any, str, Any]] = {
-    "wgrad's gradient in blocks along rows": (emulated, "_rounded", along_rows),
-    "dgrad of the unrounded gradient": (emulated, "_rounded", unrounded),
+    "wgrad's gradient in blocks along rows": (emulated, "cast", along_rows),
+    "dgrad of the unrounded gradient": (emulated, "cast", unrounded),
     "blocks of two experts": (emulated.math, "lcm", lambda *blocks: 1),
     "wgrad of another input": (emulated, "_kept", lambda taken, formats: kept(taken * 1.05, formats)),
 }

@@ -19,10 +19,11 @@ from torch import Tensor
 
 from tests.trainer.precision.hopper import FP8, on_hopper, operands
 from tests.trainer.precision.test_blockscaled import RAGGED, assert_equal, three
-from trainer.precision import emulated, te
+from trainer.precision import backends, te
 from trainer.precision.health import Watch
 
 CUDA = torch.device("cuda")
+TE, EMULATED = backends.products_of("te"), backends.products_of("emulated")
 DType = IntEnum("DType", {"kFloat8E4M3": 7})
 
 
@@ -113,7 +114,7 @@ def library(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, ModuleType]]:
 def test_products_equal_the_emulated_ones(counts: list[int], D: int, out: int, dtype: torch.dtype) -> None:
     given = operands(counts, D, out, dtype)
     found, expected = (
-        three(lambda x, w, back=back: back.grouped(FP8, Watch())(x, w, counts), **given) for back in (te, emulated)
+        three(lambda x, w, back=back: back.grouped(FP8, Watch())(x, w, counts), **given) for back in (TE, EMULATED)
     )
     assert_equal(found, expected)
 
@@ -122,10 +123,10 @@ def test_products_equal_the_emulated_ones(counts: list[int], D: int, out: int, d
 def test_linear_maps_and_maps_side_by_side_equal_the_emulated_ones() -> None:
     given = operands([75] * 4, 136, 24, torch.float32)
     x, grad = (given[name].unflatten(0, (4, 3, 25)).permute(1, 2, 0, 3) for name in ("x", "grad"))
-    found, expected = (three(back.side_by_side(FP8, Watch()), x, given["weight"], grad) for back in (te, emulated))
+    found, expected = (three(back.side_by_side(FP8, Watch()), x, given["weight"], grad) for back in (TE, EMULATED))
     assert_equal(found, expected)
     one = {"x": given["x"], "weight": given["weight"][0], "grad": given["grad"]}
-    assert_equal(*(three(back.linear(FP8, Watch()), **one) for back in (te, emulated)))
+    assert_equal(*(three(back.linear(FP8, Watch()), **one) for back in (TE, EMULATED)))
 
 
 @pytest.mark.usefixtures("library")
