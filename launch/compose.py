@@ -32,8 +32,8 @@ from trainer.leaves import flatten
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 PRIMARY = "train"
-LAYOUTS = "parallel"
-"""The group of which a run that goes on may take another choice."""
+LAYOUTS, RECIPES = "parallel", "precision"
+"""The groups of which a run that goes on, or a replay, may take another choice."""
 HYDRA_VERSION_BASE = "1.3"
 COMMAND_LINE = "command line"
 MISSING = "???"
@@ -67,12 +67,18 @@ def compose(overrides: Sequence[str], configs: Path = CONFIGS) -> Composition:
 
 
 def read(path: Path, overrides: Sequence[str] = ()) -> TrainConfig:
-    """A run's own `config.yaml` with overrides on top; of groups only LAYOUTS has choices, else the file is whole."""
-    tree = OmegaConf.create(_load(path))
-    parsed = [_parse(text, {LAYOUTS}) for text in overrides]
-    chosen = [one for one in parsed if one.type is not OverrideType.DEL and _is_choice(one, {LAYOUTS}, CONFIGS)]
+    """A run's own `config.yaml` with overrides on top; of groups only two have choices, else the file is whole.
+
+    A layout sets the keys that its file has, a recipe stands in place of the run's.
+    """
+    tree, groups = OmegaConf.create(_load(path)), {LAYOUTS, RECIPES}
+    parsed = [_parse(text, groups) for text in overrides]
+    chosen = [one for one in parsed if one.type is not OverrideType.DEL and _is_choice(one, groups, CONFIGS)]
     for override in chosen:
         merged, origin = _merge_files([str(override.input_line)], CONFIGS)
+        if override.key_or_group == RECIPES:
+            tree[RECIPES] = merged[RECIPES]
+            continue
         for leaf in (leaf for leaf, file in origin.items() if file.startswith(f"{CONFIGS.name}/{LAYOUTS}/")):
             OmegaConf.update(tree, leaf, OmegaConf.select(merged, leaf), force_add=True)
     for override in parsed:

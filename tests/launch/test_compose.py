@@ -2,7 +2,7 @@
 
 import subprocess
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -90,6 +90,20 @@ def test_what_is_shown_reads_back_as_the_same_configuration(tmp_path: Path) -> N
     assert read(path, ["seed=5", "device=cpu"]).seed == 5
     with pytest.raises(ValueError, match="seed = x: expected an integer"):
         read(path, ["seed=x"])
+
+
+def test_another_recipe_stands_in_place_of_the_file_s(tmp_path: Path) -> None:
+    """Nothing of the run's own is left, other keys are as they were; a recipe that is none is named."""
+    words = ["recipe=pro", "precision=fp8_fp4", "precision.entries.format=e4m3_1x64"]
+    path, config = tmp_path / "config.yaml", compose(words).config
+    path.write_text("\n".join(render(asdict(config))), encoding="utf-8")
+    for name in ("bf16", "fp8"):
+        assert read(path, [f"precision={name}"]) == replace(
+            config, precision=compose([f"precision={name}"]).config.precision
+        )
+    assert read(path, ["precision=fp8", "precision.floor_e4m3=0"]).precision.floor_e4m3 == 0
+    with pytest.raises(ValueError, match="precision = fp9: expected one of bf16, fp32, fp8, fp8_fp4"):
+        read(path, ["precision=fp9"])
 
 
 def test_a_missing_or_empty_file_is_refused(tmp_path: Path) -> None:

@@ -6,16 +6,15 @@ import multiprocessing
 import os
 import re
 import shutil
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from launch.main import main
 from tests.runs import children, tiny
+from tests.runs.planting import STEP, WARM_UP_STEP, crash_of, crashed, plant_before
 from trainer import checkpoint, durable, loop, row
 from trainer.build import read_data
 from trainer.config import TrainConfig
@@ -23,15 +22,10 @@ from trainer.debug.crash import CONFIG, REPORT, load
 from trainer.folder import RunFolder
 from trainer.manifest import data_file
 from trainer.run import train
-from trainer.step import train_step
 
 DATA = data_file(0)
-STEP = 7
-"""The step that fails: the second of the sparse stage; the checkpoint before it is of step 6."""
-WARM_UP_STEP = 4
 TOKEN, SEED = 268, 2
 """The first row of this seed holds two documents, and only the second has this token."""
-Plant = Callable[[Any], None]
 
 
 @pytest.fixture
@@ -39,30 +33,8 @@ def config(corpus: Path, tmp_path: Path) -> TrainConfig:
     return tiny.config(corpus, tmp_path / "runs")
 
 
-def plant_before(monkeypatch: pytest.MonkeyPatch, step: int, plant: Plant) -> None:
-    """Change the model right before a step."""
-
-    def take(parts: Any, plan: Any, stopped: Any, verify: Any) -> Any:
-        if plan.step + 1 == step:
-            with torch.no_grad():
-                plant(parts.model)
-        return train_step(parts, plan, stopped)
-
-    monkeypatch.setattr(loop, "train_step", take)
-
-
 def bad_weight(model: Any) -> None:
     model.layers[1].attn.wo_b.weight[3, 2] = math.inf
-
-
-def crash_of(run: RunFolder, step: int = STEP) -> Path:
-    return run.path / "crashes" / f"step-{step:06}"
-
-
-def crashed(config: TrainConfig, capfd: pytest.CaptureFixture[str]) -> tuple[RunFolder, list[str]]:
-    """The run after its failure, and what it said on standard error."""
-    assert train(config) == 1
-    return tiny.only_run(Path(config.runs_dir)), capfd.readouterr().err.splitlines()
 
 
 @pytest.mark.parametrize("threads", [1, 2])
@@ -175,35 +147,6 @@ def test_the_dense_and_the_warm_up_stage_replay(
     told = json.loads(capfd.readouterr().out)
     assert told["reproduced"]
     assert told["first"] == json.loads((crash_of(run, step) / "trace.json").read_text())["first"]
-
-
-def overflow_in_bf16(model: Any) -> None:
-    """3.4e38 is finite in fp32 (up to 3.403e38) and infinite in bf16 (rounded up from 3.396e38).
-
-    Embeddings of one size, through a layer that adds nothing, give a normalised stream of +1 and -1 in any precision.
-    What uses the channel weighs it by 0; in the warm-up stage no weight here has a gradient.
-    """
-    first, second = model.layers
-    model.embed.weight.copy_(torch.where(model.embed.weight < 0, -1, 1))
-    for silent in (first.attn.wo_b.weight, first.ffn.experts.w2, first.ffn.shared_experts.w2.weight):
-        silent.zero_()
-    second.attn_norm.weight[0] = 3.4e38
-    attn = second.attn
-    for user in (attn.wq_a, attn.wkv, attn.compressor.wkv, attn.compressor.wgate):
-        user.weight[:, 0] = 0
-
-
-def test_a_row_that_overflows_in_bf16_is_finite_in_fp32(
-    config: TrainConfig, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
-    plant_before(monkeypatch, WARM_UP_STEP, overflow_in_bf16)
-    run, (line, *_) = crashed(tiny.with_dtype(config, "bf16"), capfd)
-    assert re.search(r"first not finite: layer 1, output of layers\.1\.attn_norm: -?inf at \[0, 0, 0\]", line)
-    words = ["train", "--replay", str(crash_of(run, WARM_UP_STEP))]
-    assert main(words) == 0
-    assert "reproduced: the same tensor" in capfd.readouterr().out
-    assert main([*words, "precision.dtype=fp32"]) == 0
-    assert "finite now: the fault does not repeat here" in capfd.readouterr().out
 
 
 def test_another_first_tensor_is_told_apart(
