@@ -36,7 +36,7 @@ def turning(tokens: int) -> PrecisionConfig:
 
 
 FP8, FP4, TURNING = case(recipe("fp8")), case(recipe("fp8_fp4")), case(turning(TURN))
-RECIPES = {"fp8": FP8, "fp8_fp4": FP4, "turning": TURNING}
+RECIPES = {"fp8": FP8, "fp8_fp4": FP4, "turning": TURNING, "mxfp8": case(recipe("mxfp8"))}
 
 
 def layout(value: object) -> str | None:

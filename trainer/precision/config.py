@@ -16,8 +16,9 @@ THEN = ">"
 class RuleConfig:
     """The formats of some parameters and of the operands of their three products; "" is the run's type.
 
-    y = x W^T takes `input` and `weight`; the gradient of x takes `grad` and `weight`; that of W takes `wgrad_grad` and
-    `wgrad_input`, the latter made from what `input` left. A later rule stands above an earlier one.
+    y = x W^T takes `input` and `weight`; the gradient of x takes `grad` and `dgrad_weight`; that of W takes
+    `wgrad_grad` and `wgrad_input`. `dgrad_weight` and `wgrad_input` are made from what `weight` and `input` left. A
+    later rule stands above an earlier one.
     """
 
     parameters: tuple[str, ...]
@@ -26,6 +27,8 @@ class RuleConfig:
     """One format, or two as in e2m1_1x32>e4m3_128x128: rounded to the first, then, without a floor, to the second."""
     input: str = ""
     grad: str = ""
+    dgrad_weight: str = ""
+    """ "": what `weight` left, as it is."""
     wgrad_input: str = ""
     wgrad_grad: str = ""
     from_tokens: int = 0
@@ -36,6 +39,8 @@ class RuleConfig:
         require(self.from_tokens >= 0, "from_tokens", self.from_tokens, "at least 0 tokens")
         for name in self.weight.split(THEN) if self.weight else ():
             _format("weight", name)
+        if self.dgrad_weight:
+            _format("dgrad_weight", self.dgrad_weight)
         require(self.weight.count(THEN) <= 1, "weight", self.weight, "one format, or two as in e2m1_1x32>e4m3_128x128")
         for key in ("input", "grad", "wgrad_input", "wgrad_grad"):
             name = getattr(self, key)

@@ -4,8 +4,9 @@ Operands are rounded to their formats and multiplied as numbers of the run's typ
 has its operands' bits from the formats and its sums from the device's ordinary products. Every other back end is held
 to this one.
 
-y = Q_input(x) W^T;  dx = Q_grad(dy) W;  dW = Q_wgrad_grad(dy)^T Q_wgrad_input(Q_input(x)). W holds its format's numbers
-already (`weights.py`); its gradient goes straight through to the master. Between the passes inputs are kept as codes.
+y = Q_input(x) W^T;  dx = Q_grad(dy) Q_dgrad_weight(W);  dW = Q_wgrad_grad(dy)^T Q_wgrad_input(Q_input(x)). W holds its
+format's numbers already (`weights.py`); its gradient goes straight through to the master. Between the passes inputs are
+kept as codes.
 Source: spec 7.2 and 7.3 (V3's rules for FP8 training, assumed for V4).
 """
 
@@ -76,6 +77,7 @@ class _Products(torch.autograd.Function):
         weight, *kept = ctx.saved_tensors
         grad_x = grad_weight = None
         if ctx.needs_input_grad[0]:
+            weight = cast(weight, formats.dgrad_weight, "dgrad_weight", watch)
             grad_x = torch.bmm(cast(grad, formats.grad, "grad", watch), weight)
         if ctx.needs_input_grad[1]:
             of_weight = cast(grad, formats.wgrad_grad, "wgrad_grad", watch)
@@ -105,6 +107,7 @@ class _GroupedProducts(torch.autograd.Function):
         grad_x = grad_w = None
         if ctx.needs_input_grad[0]:
             rounded_PF = cast(grad_PF, formats.grad, "grad", watch)
+            w_EFD = cast(w_EFD, formats.dgrad_weight, "dgrad_weight", watch)
             grad_x = grad_PF.new_empty(grad_PF.shape[0], w_EFD.shape[2])
             parts = zip(rounded_PF.split(ctx.counts), w_EFD, grad_x.split(ctx.counts), strict=True)
             for grad_pf, w_FD, grad_pd in parts:

@@ -35,7 +35,8 @@ def refusal(formats: Formats) -> str:
     for key, (format, (rows, columns)) in wanted.items():
         if not fits(format, "e4m3", (rows, columns)):
             return f"{key} is {format.name if format else 'in the type of the run'}, not e4m3_{rows}x{columns}"
-    return ""
+    dgrad = formats.dgrad_weight
+    return f"dgrad_weight is {dgrad.name}, not what weight left" if dgrad else ""
 
 
 def linear(multiply: Multiply, formats: Formats, watch: Watch) -> Linear:

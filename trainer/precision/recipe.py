@@ -25,6 +25,7 @@ class Formats:
     weight: tuple[Format, ...] = ()
     input: Format | None = None
     grad: Format | None = None
+    dgrad_weight: Format | None = None
     wgrad_input: Format | None = None
     wgrad_grad: Format | None = None
 
@@ -36,12 +37,15 @@ class Formats:
     @property
     def has_plain_products(self) -> bool:
         """Whether no operand but the weight has a format."""
-        return all(one is None for one in (self.input, self.grad, self.wgrad_input, self.wgrad_grad))
+        return all(one is None for one in (self.input, self.grad, self.dgrad_weight, self.wgrad_input, self.wgrad_grad))
 
     def operands(self) -> tuple[str, ...]:
-        """The formats of weight, input, grad, wgrad_input and wgrad_grad, "-" for none."""
+        """The formats of weight, with dgrad's own if it has one, input, grad, wgrad_input and wgrad_grad; "-": none."""
+        weight = THEN.join(one.name for one in self.weight) or "-"
+        if self.dgrad_weight is not None:
+            weight += f" dgrad {self.dgrad_weight.name}"
         names = (one.name if one else "-" for one in (self.input, self.grad, self.wgrad_input, self.wgrad_grad))
-        return THEN.join(one.name for one in self.weight) or "-", *names
+        return weight, *names
 
 
 PLAIN = Formats()
@@ -117,8 +121,8 @@ class Recipe:
     def hash(self) -> str:
         """Of all that the recipe says; the same where the same bits come out."""
         said = {
-            start: {name: asdict(one) | {"rule": ""} for name, one in self.at(start).items()}
-            | {key: one for key, one in asdict(self.looked_at(start)).items() if one}
+            start: {name: _said(replace(one, rule="")) for name, one in self.at(start).items()}
+            | _said(self.looked_at(start))
             for start in self.stages
         }
         return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()[:16]
@@ -155,9 +159,15 @@ class Recipe:
             weight=weight,
             input=of(rule.input),
             grad=of(rule.grad),
+            dgrad_weight=of(rule.dgrad_weight),
             wgrad_input=of(rule.wgrad_input),
             wgrad_grad=of(rule.wgrad_grad),
         )
+
+
+def _said(formats: Formats | LookedAt) -> dict[str, object]:
+    """What has a format, so that a hash does not know of keys that are not used."""
+    return {key: one for key, one in asdict(formats).items() if one}
 
 
 def _parameters(model: ModelConfig) -> Iterator[tuple[str, bool]]:

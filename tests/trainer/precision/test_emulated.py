@@ -12,11 +12,12 @@ from torch import Tensor
 from model.attention import group_products
 from model.experts import grouped_matmul
 from trainer.precision import emulated
-from trainer.precision.elements import E2M1_1X32, E4M3_1X128, E4M3_128X1, E4M3_128X128
+from trainer.precision.elements import E2M1_1X32, E4M3_1X128, E4M3_128X1, E4M3_128X128, named
 from trainer.precision.formats import rounded
 from trainer.precision.health import Watch
 from trainer.precision.recipe import PLAIN, Formats
 
+E4M3_1X32, E4M3_32X1 = named("e4m3_1x32"), named("e4m3_32x1")
 FP8 = Formats(weight=(E4M3_128X128,), input=E4M3_1X128, grad=E4M3_1X128, wgrad_input=E4M3_128X1, wgrad_grad=E4M3_128X1)
 SHAPES = [(256, 256, 128), (130, 200, 96), (1, 32, 32), (7, 129, 257)]
 """Tokens, channels in and out: whole blocks, ragged ones, a single token."""
@@ -54,6 +55,20 @@ def test_three_products_of_rounded_operands(P: int, C: int, F: int) -> None:
     close(y, taken, w.T)
     close(grad_x, rounded(grad, E4M3_1X128), w)
     close(grad_w, rounded(grad, E4M3_128X1).T, rounded(taken, E4M3_128X1))
+
+
+def test_dgrad_has_a_weight_of_its_own() -> None:
+    """Rounded from what `weight` left; fprop and wgrad do not know of it. Of linears and of experts."""
+    formats = replace(FP8, dgrad_weight=E4M3_32X1)
+    x, w, grad = numbers(70, 96, seed=1), rounded(numbers(64, 96, seed=2), E4M3_1X32), numbers(70, 64, seed=3)
+    taken = rounded(w, E4M3_32X1)
+    assert not torch.equal(taken, w)
+    own, plain = (passed(emulated.linear(one, Watch()), grad, x, w) for one in (formats, FP8))
+    close(own[1], rounded(grad, E4M3_1X128), taken)
+    assert torch.equal(own[0], plain[0])
+    assert torch.equal(own[2], plain[2])
+    grouped = passed(emulated.grouped(formats, Watch()), grad, x, w.unsqueeze(0), counts=[70])
+    close(grouped[1], rounded(grad, E4M3_1X128), taken)
 
 
 @pytest.mark.parametrize("without", ["input", "grad", "wgrad_input", "wgrad_grad"])

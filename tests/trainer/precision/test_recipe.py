@@ -11,7 +11,7 @@ from model.logical import locate
 from tests.runs import tiny
 from tests.trainer.precision.recipes import recipe
 from trainer.precision.config import PrecisionConfig, RuleConfig
-from trainer.precision.elements import E2M1_1X32, E4M3_128X128, E4M3_OF_FP4
+from trainer.precision.elements import E2M1_1X32, E4M3_128X128, E4M3_OF_FP4, named
 from trainer.precision.recipe import PLAIN, Recipe
 from trainer.precision.table import lines, render
 
@@ -24,9 +24,9 @@ def rules(**of: RuleConfig) -> Recipe:
 
 
 @pytest.mark.parametrize("model", ["debug", "small", "flash", "pro"])
-@pytest.mark.parametrize("name", ["fp8", "fp8_fp4"])
+@pytest.mark.parametrize("name", ["fp8", "fp8_fp4", "mxfp8"])
 def test_formats_are_those_of_the_released_checkpoint(name: str, model: str) -> None:
-    """fp8_fp4 has FP8 where the released model has, and FP4 likewise; fp8 has FP8 in both places; the rest is plain."""
+    """fp8_fp4 has FP8 where the released model has, and FP4 likewise; others FP8 in both places; the rest is plain."""
     config = compose([f"model={model}"]).config.model
     table = Recipe(recipe(name), config).at(0)
     for spec in released_tensors(config, experts=1):
@@ -36,7 +36,7 @@ def test_formats_are_those_of_the_released_checkpoint(name: str, model: str) -> 
         if spec.stored == "FP4" and name == "fp8_fp4":
             assert formats.weight == (E2M1_1X32, E4M3_OF_FP4)
         elif spec.stored in ("FP4", "F8_E4M3"):
-            assert formats.weight == (E4M3_128X128,)
+            assert formats.weight == (named("e4m3_1x32") if name == "mxfp8" else E4M3_128X128,)
         else:
             assert formats == PLAIN
 
