@@ -44,7 +44,7 @@ def hopper_refusal(device: torch.device) -> str:
         return ""
     number = ".".join(map(str, capability))
     if capability > HOPPER:
-        return f"compute capability {number} scales blocks of 32 (MXFP8): other numbers, so another recipe, mxfp8"
+        return f"compute capability {number} scales blocks of 32: other numbers, so another recipe, mxfp8"
     return f"compute capability {number} has no block-scaled FP8 products; 9.0 (Hopper) has"
 
 

@@ -160,6 +160,6 @@ def test_where_it_is_not_installed_it_is_refused(monkeypatch: pytest.MonkeyPatch
 
 def test_blackwell_is_another_recipe_and_a_cpu_has_none(library: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     on_hopper(monkeypatch, (10, 0))
-    line = "compute capability 10.0 scales blocks of 32 (MXFP8): other numbers, so another recipe, mxfp8"
+    line = "compute capability 10.0 scales blocks of 32: other numbers, so another recipe, mxfp8"
     assert te.refusal(FP8, CUDA) == line
     assert te.refusal(FP8, torch.device("cpu")).startswith("a cpu has no block-scaled FP8 products")
