@@ -140,7 +140,7 @@ def build(
     if isinstance(sums, FastSum):
         sums.watch(model)
     recipe = Recipe(config.precision, config.model)
-    weights, backend = Weights(recipe), backends.of_run(config.precision.backend, recipe, device)
+    weights, backend = Weights(recipe), backends.of_run(config.precision, recipe, device)
     groups_here = {member.parameter: member.group for member in every}
     optimizer = Optimizer(
         {ownership.key(span): ownership.rows(span, shared[span.parameter].detach()) for span in ownership.spans},

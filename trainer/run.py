@@ -289,7 +289,7 @@ def _kernels(config: TrainConfig, device: torch.device) -> str:
     kernels, recipe = describe_kernels(choose_kernels(config, device)), Recipe(config.precision, config.model)
     if recipe.is_plain:
         return kernels
-    backend = backends.of_run(config.precision.backend, recipe, device)
+    backend = backends.of_run(config.precision, recipe, device)
     return f"{kernels}; formats: {backends.describe(backend)}"
 
 

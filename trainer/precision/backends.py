@@ -10,7 +10,7 @@ import torch
 
 from model.config import require
 from trainer.precision import emulated, products
-from trainer.precision.config import BackEnd
+from trainer.precision.config import Precision, PrecisionConfig
 from trainer.precision.emulated import Grouped, Linear
 from trainer.precision.health import Watch
 from trainer.precision.recipe import Formats, Recipe
@@ -32,18 +32,19 @@ class Products:
     grouped: Callable[[Formats, Watch], Grouped]
 
 
-def choose(backend: BackEnd, table: Mapping[str, Formats], device: torch.device) -> str:
+def choose(config: PrecisionConfig, table: Mapping[str, Formats], device: torch.device) -> str:
     """The one back end of a run whose parameters have these formats: the asked one; auto: the first that can.
 
     One serves all products with formats, so that a log, and a difference between two, has one cause. Raises ValueError
-    where the asked one cannot compute a format exactly.
+    where the asked one cannot compute a format, or in the run's type, exactly.
     """
-    if backend == "auto":
-        return next(name for name in MODULES if not _refusal(name, table, device))
-    reason = _refusal(backend, table, device)
-    able = " or ".join(["auto", *(name for name in MODULES if not _refusal(name, table, device))])
-    require(not reason, "precision.backend", backend, f"{able}, because {reason}")
-    return backend
+    refused = {name: _refusal(name, table, device, config.dtype) for name in MODULES}
+    able = [name for name, reason in refused.items() if not reason]
+    if config.backend == "auto":
+        return able[0]
+    expected = f"{' or '.join(['auto', *able])}, because {refused[config.backend]}"
+    require(config.backend in able, "precision.backend", config.backend, expected)
+    return config.backend
 
 
 def module(name: str) -> ModuleType:
@@ -63,18 +64,18 @@ def products_of(name: str) -> Products:
     )
 
 
-def of_run(backend: BackEnd, recipe: Recipe, device: torch.device) -> str:
+def of_run(config: PrecisionConfig, recipe: Recipe, device: torch.device) -> str:
     """`choose` for all that the parameters have at any time of a run; on the meta device, where nothing is computed,
     the asked one."""
     if device.type == "meta":
-        return EMULATED if backend == "auto" else backend
+        return EMULATED if config.backend == "auto" else config.backend
     stages = {start: recipe.at(start) for start in recipe.stages}
     table = {
         name if start == 0 else f"{name} from {start} tokens on": formats
         for start, found in stages.items()
         for name, formats in found.items()
     }
-    return choose(backend, table, device)
+    return choose(config, table, device)
 
 
 def describe(name: str) -> str:
@@ -82,9 +83,11 @@ def describe(name: str) -> str:
     return EMULATED if name == EMULATED else module(name).describe()
 
 
-def _refusal(name: str, table: Mapping[str, Formats], device: torch.device) -> str:
-    """The first reason why a back end cannot compute a format of the table, with the parameter's name."""
+def _refusal(name: str, table: Mapping[str, Formats], device: torch.device, dtype: Precision) -> str:
+    """The first reason why a back end cannot compute a format of the table in this type, with the parameter's name."""
     for formats, parameter in _with_formats(table).items():
+        if name != EMULATED and dtype == "fp64":
+            return f"its products are in fp32 or bf16, not in fp64 ({parameter})"
         reason = module(name).refusal(formats, device)
         if reason:
             return f"{reason} ({parameter})"

@@ -68,8 +68,7 @@ def grouped(multiply: Multiply, formats: Formats, watch: Watch) -> Grouped:
     kept, makes = Kept(), casts()
 
     def product(x_PD: Tensor, w_EFD: Tensor, counts: list[int]) -> Tensor:
-        if x_PD.dtype not in DTYPES:
-            raise TypeError(f"block-scaled products: expected fp32 or bf16, found {x_PD.dtype}; see precision.backend")
+        assert x_PD.dtype in DTYPES
         return _Products.apply(x_PD, w_EFD, Groups(counts), formats, watch, multiply, kept, makes)
 
     return product

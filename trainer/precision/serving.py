@@ -122,4 +122,4 @@ def serve(model: Transformer, config: PrecisionConfig, tokens: int) -> Precision
     weights = Weights(Recipe(config, model.config))
     weights.enter(tokens)
     groups = {one.parameter: one.group for one in logical_tensors(model.config)}
-    return Precision(weights, [model], groups, backends.of_run(config.backend, weights.recipe, model.device))
+    return Precision(weights, [model], groups, backends.of_run(config, weights.recipe, model.device))

@@ -7,6 +7,7 @@ import torch
 
 from tests.trainer.precision.hopper import FP8, FP8_FP4, on_hopper
 from trainer.precision import backends, blockscaled, te
+from trainer.precision.config import BackEnd, PrecisionConfig
 from trainer.precision.elements import named
 from trainer.precision.health import Watch
 from trainer.precision.recipe import PLAIN, Formats
@@ -29,13 +30,13 @@ def refuse(monkeypatch: pytest.MonkeyPatch, **reasons: str) -> None:
 )
 def test_auto_is_the_first_that_can(monkeypatch: pytest.MonkeyPatch, reasons: dict[str, str], chosen: str) -> None:
     refuse(monkeypatch, **reasons)
-    assert backends.choose("auto", TABLE, CUDA) == chosen
+    assert backends.choose(PrecisionConfig(backend="auto"), TABLE, CUDA) == chosen
 
 
 @pytest.mark.parametrize("name", ["emulated", "torch", "te"])
-def test_the_asked_one_serves_where_it_can(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+def test_the_asked_one_serves_where_it_can(monkeypatch: pytest.MonkeyPatch, name: BackEnd) -> None:
     refuse(monkeypatch)
-    assert backends.choose(name, TABLE, CUDA) == name
+    assert backends.choose(PrecisionConfig(backend=name), TABLE, CUDA) == name
 
 
 def test_the_asked_one_is_refused_where_it_cannot() -> None:
@@ -44,23 +45,33 @@ def test_the_asked_one_is_refused_where_it_cannot() -> None:
         r"an NVIDIA GPU of compute capability 9\.0 has \(b\.weight\)$"
     )
     with pytest.raises(ValueError, match=message):
-        backends.choose("torch", TABLE, CPU)
-    assert backends.choose("auto", TABLE, CPU) == "emulated"
+        backends.choose(PrecisionConfig(backend="torch"), TABLE, CPU)
+    assert backends.choose(PrecisionConfig(backend="auto"), TABLE, CPU) == "emulated"
 
 
 def test_one_format_that_it_cannot_compute_is_enough(monkeypatch: pytest.MonkeyPatch) -> None:
     on_hopper(monkeypatch)
-    assert backends.choose("torch", TABLE, CUDA) == "torch"
+    assert backends.choose(PrecisionConfig(backend="torch"), TABLE, CUDA) == "torch"
     other = TABLE | {"e.weight": replace(FP8, input=named("e4m3_1x64"))}
     with pytest.raises(ValueError, match=r"because input is e4m3_1x64, not e4m3_1x128 \(e\.weight\)$"):
-        backends.choose("torch", other, CUDA)
-    assert backends.choose("auto", other, CUDA) == "emulated"
+        backends.choose(PrecisionConfig(backend="torch"), other, CUDA)
+    assert backends.choose(PrecisionConfig(backend="auto"), other, CUDA) == "emulated"
+
+
+@pytest.mark.parametrize("name", ["torch", "te"])
+def test_fp64_is_for_the_emulated_one(monkeypatch: pytest.MonkeyPatch, name: BackEnd) -> None:
+    """Whatever the device: tensor cores multiply in fp32 or bf16."""
+    refuse(monkeypatch)
+    assert backends.choose(PrecisionConfig(backend="auto", dtype="fp64"), TABLE, CUDA) == "emulated"
+    message = rf"^precision\.backend = {name}: expected auto or emulated, because its products are in fp32 or bf16"
+    with pytest.raises(ValueError, match=message):
+        backends.choose(PrecisionConfig(backend=name, dtype="fp64"), TABLE, CUDA)
 
 
 @pytest.mark.parametrize("backend", ["auto", "emulated", "torch", "te"])
-def test_where_no_product_has_a_format_nothing_is_refused(backend: str) -> None:
+def test_where_no_product_has_a_format_nothing_is_refused(backend: BackEnd) -> None:
     table = {"norm.weight": PLAIN, "a.weight": ONLY_WEIGHTS}
-    assert backends.choose(backend, table, CPU) == ("torch" if backend == "auto" else backend)
+    assert backends.choose(PrecisionConfig(backend=backend), table, CPU) == ("torch" if backend == "auto" else backend)
 
 
 def test_each_describes_itself_and_has_all_products() -> None:
