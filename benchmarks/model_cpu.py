@@ -3,10 +3,10 @@
     python -m benchmarks.model_cpu [--lengths T ...] [--rounds N] [--quick]
 
 Forward and backward of one row of one document in fp32 with two threads, the same sizes and weights in every column:
-"transformers" is its `deepseek_v4` (python -m pip install transformers==5.23.0; left out where it is absent), "keel"
-our model with a product cut between two threads, "2 rows" the same on two rows side by side, one core each, as the
-trainer does it. Ours also measures the indexer's KL loss, which transformers has not. Every figure is the median over
-processes of their own, which take turns; memory is the growth of the process's largest resident size over the steps.
+"transformers" is its `deepseek_v4` (`./keel test` installs it; left out where it is absent), "keel" our model with a
+product cut between two threads, "2 rows" the same on two rows side by side, one core each, as the trainer does it. Ours
+also measures the indexer's KL loss, which transformers has not. Every figure is the median over processes of their own,
+which take turns; memory is the growth of the process's largest resident size over the steps.
 """
 
 import argparse

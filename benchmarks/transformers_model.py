@@ -1,17 +1,17 @@
 """transformers' `deepseek_v4` with the weights of our model, for benchmarks that hold the two side by side.
 
-It is not among the dependencies: python -m pip install transformers==5.23.0
+It is a dependency of the tests, not of training: `./keel test` installs it.
 """
 
-from dataclasses import asdict
+import json
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from model.config import ModelConfig
 from model.names import tensors
 from model.transformer import Transformer
+from trainer.released.keys import config_text
 
 VERSION = "5.23.0"
 """The release whose names are written here."""
@@ -56,14 +56,10 @@ def build(model: Transformer) -> Any:
     """DeepseekV4ForCausalLM of the same sizes and weights, without our MTP branch; ImportError without transformers."""
     from transformers import DeepseekV4Config, DeepseekV4ForCausalLM
 
-    theirs = DeepseekV4ForCausalLM(DeepseekV4Config(**_config(model.config)))
+    keys = json.loads(config_text(model.config, "fp32", None))
+    theirs = DeepseekV4ForCausalLM(DeepseekV4Config(**keys))
     theirs.load_state_dict(_weights(model), strict=True)
     return theirs.train()
-
-
-def _config(config: ModelConfig) -> dict[str, Any]:
-    keys = {key: value for key, value in asdict(config).items() if value is not None}
-    return keys | {"compress_ratios": list(config.attention_ratios)}
 
 
 def _weights(model: Transformer) -> dict[str, Tensor]:
