@@ -32,7 +32,8 @@ SIGN_E2M1 = 8
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Coded:
-    """codes: uint8, one per number, in the shape of the numbers; E2M1 in the low four bits, the sign highest.
+    """codes: uint8, one per number, in the shape of the numbers; E2M1 in the low four bits, the sign highest. Those of
+    `encode` lie row by row, however the numbers do.
 
     exponents: uint8, one per block, [..., ceil(rows / block), ceil(columns / block)]: the scale is 2^(e - 127).
     """
@@ -43,13 +44,13 @@ class Coded:
 
 def encode(x: Tensor, format: Format) -> Coded:
     """Codes and scales of x [..., rows, columns]; x of one dim is one row. Blocks at the borders may be cut."""
-    x = x.detach().float()
+    x = x.detach().float().contiguous()
     return _encode_at(x, format, exponents(x, format))
 
 
 def encode_at(x: Tensor, format: Format, exponent: Tensor) -> Coded:
     """`encode` with these scales; a finite number too large for its own saturates."""
-    x = x.detach().float()
+    x = x.detach().float().contiguous()
     return _encode_at(x, format, torch.where(block_amax(x, format.block).isfinite(), exponent, NAN_EXPONENT))
 
 

@@ -52,8 +52,10 @@ def multiply(pairs: Sequence[tuple[Operand, Operand]], dtype: torch.dtype) -> li
     if len(pairs) == 1:
         return [used["general_gemm"](rights[0], lefts[0], out_dtype=dtype, layout="TN")[0]]
     results = [a.codes.new_empty(len(a.codes), len(b.codes), dtype=dtype) for a, b in pairs]
-    unquantised = [None] * len(pairs)
-    used["general_grouped_gemm"](rights, lefts, results, unquantised, dtype, layout="TN", use_split_accumulator=True)
+    unquantised, rows = [None] * len(pairs), [len(a.codes) for a, _ in pairs]
+    used["general_grouped_gemm"](
+        rights, lefts, results, unquantised, dtype, layout="TN", m_splits=rows, use_split_accumulator=True
+    )
     return results
 
 

@@ -81,6 +81,21 @@ def test_kernels_make_the_codes_of_the_plain_casts(monkeypatch: pytest.MonkeyPat
     assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
 
 
+def turned(x: Tensor) -> Tensor:
+    """The same numbers, column by column in memory."""
+    return x.mT.contiguous().mT
+
+
+@pytest.mark.parametrize("name", ["x", "weight", "grad"])
+def test_how_an_operand_lies_in_memory_changes_nothing(name: str) -> None:
+    """Whole blocks, so that nothing is filled up, which would lay the codes out afresh."""
+    given = operands([256], 256, 128, torch.float32)
+    given["weight"] = given["weight"][0]
+    other = given | {name: turned(given[name])}
+    for one, two in zip(*(three(TORCH.linear(FP8, Watch()), **of) for of in (given, other)), strict=True):
+        assert torch.equal(one, two)
+
+
 def test_no_rows_at_all() -> None:
     given = operands([0, 0], 128, 16, torch.bfloat16)
     y, grad_x, grad_weight = three(lambda x, w: TORCH.grouped(FP8, Watch())(x, w, [0, 0]), **given)

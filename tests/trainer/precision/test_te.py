@@ -79,9 +79,12 @@ def general_grouped_gemm(
     quantization_params: list[None],
     out_dtype: torch.dtype,
     layout: str,
-    use_split_accumulator: bool,
+    m_splits: list[int] | None = None,
+    use_split_accumulator: bool = False,
 ) -> None:
     assert len(A) == len(B) == len(out) == len(quantization_params)
+    # The compiled call has a vector of integers here, which None is not, though the Python one above it allows that.
+    assert m_splits == [len(one.codes) for one in B]
     assert use_split_accumulator
     for one, a, b in zip(out, A, B, strict=True):
         assert one.is_contiguous()
