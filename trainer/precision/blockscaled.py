@@ -17,7 +17,7 @@ from trainer.precision.recipe import Formats
 
 HOPPER = (9, 0)
 CUDA = (12, 9)
-"""The first with such products in cuBLASLt."""
+"""The first with block-scaled products in cuBLASLt."""
 
 
 def refusal(formats: Formats, device: torch.device) -> str:
@@ -41,7 +41,8 @@ def hopper_refusal(device: torch.device) -> str:
         return f"a {device.type} has no block-scaled FP8 products; an NVIDIA GPU of compute capability 9.0 has"
     capability = torch.cuda.get_device_capability(device)
     if capability == HOPPER:
-        return ""
+        found = tuple(map(int, (torch.version.cuda or "0").split(".")))
+        return "" if found >= CUDA else f"this torch is built for CUDA {torch.version.cuda}, before 12.9"
     number = ".".join(map(str, capability))
     if capability > HOPPER:
         return f"compute capability {number} scales blocks of 32: other numbers, so another recipe, mxfp8"
@@ -53,8 +54,7 @@ def _library_refusal() -> str:
     names = ("BlockWise1x128", "BlockWise128x128")
     if not hasattr(F, "scaled_mm") or not all(hasattr(kinds, name) for name in names):
         return f"torch {torch.__version__} has no scaled_mm with blocks of 128; 2.11 has"
-    found = tuple(map(int, (torch.version.cuda or "0").split(".")))
-    return "" if found >= CUDA else f"this torch is built for CUDA {torch.version.cuda}; 12.9 and later have them"
+    return ""
 
 
 def _product(a: Operand, b: Operand, dtype: torch.dtype) -> Tensor:

@@ -10,7 +10,6 @@ Its Float8BlockScaling is Hopper's; on Blackwell it is imitated by MXFP8, other 
 
 import importlib
 import importlib.metadata
-import importlib.util
 from collections.abc import Sequence
 from functools import cache
 from typing import Any
@@ -90,9 +89,10 @@ def _used() -> dict[str, Any]:
 
 def _unknown() -> str:
     """Why this Transformer Engine cannot serve: absent, another release, or without a name that is used."""
-    if importlib.util.find_spec(PACKAGE) is None:
+    try:
+        found = importlib.metadata.version(PACKAGE)
+    except importlib.metadata.PackageNotFoundError:
         return "the package transformer-engine is not installed"
-    found = importlib.metadata.version(PACKAGE)
     if found != VERSION:
         return f"transformer-engine is {found}, and its calls are known of {VERSION} only"
     for module, names in USED.items():

@@ -201,7 +201,7 @@ def test_hopper_is_served(monkeypatch: pytest.MonkeyPatch) -> None:
         ((10, 0), "13.0", "compute capability 10.0 scales blocks of 32: other numbers, so another recipe, mxfp8"),
         ((12, 0), "13.0", "compute capability 12.0 scales blocks of 32: other numbers, so another recipe, mxfp8"),
         ((8, 0), "13.0", "compute capability 8.0 has no block-scaled FP8 products; 9.0 (Hopper) has"),
-        ((9, 0), "12.8", "this torch is built for CUDA 12.8; 12.9 and later have them"),
+        ((9, 0), "12.8", "this torch is built for CUDA 12.8, before 12.9"),
     ],
 )
 def test_other_devices_and_libraries_are_refused(

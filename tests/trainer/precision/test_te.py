@@ -156,9 +156,21 @@ def test_a_library_that_cannot_be_imported_is_refused(library: Any, monkeypatch:
 
 
 def test_where_it_is_not_installed_it_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where a folder of its name lies about, of which no package tells."""
+
+    def version(name: str) -> str:
+        raise importlib.metadata.PackageNotFoundError(name)
+
     on_hopper(monkeypatch)
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    monkeypatch.setitem(sys.modules, "transformer_engine", ModuleType("transformer_engine"))
     assert te.refusal(FP8, CUDA) == "the package transformer-engine is not installed"
+
+
+@pytest.mark.usefixtures("library")
+def test_an_old_cuda_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    on_hopper(monkeypatch, cuda="12.8")
+    assert te.refusal(FP8, CUDA) == "this torch is built for CUDA 12.8, before 12.9"
 
 
 def test_blackwell_is_another_recipe_and_a_cpu_has_none(library: Any, monkeypatch: pytest.MonkeyPatch) -> None:
