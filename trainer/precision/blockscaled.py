@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from trainer.precision import products
+from trainer.precision import layouts
 from trainer.precision.operands import Operand
 from trainer.precision.recipe import Formats
 
@@ -22,7 +22,7 @@ CUDA = (12, 9)
 
 def refusal(formats: Formats, device: torch.device) -> str:
     """Why these formats cannot be computed on the device; "": they can."""
-    return products.refusal(formats) or hopper_refusal(device) or _library_refusal()
+    return layouts.HOPPER.refusal(formats) or hopper_refusal(device) or _library_refusal()
 
 
 def describe() -> str:

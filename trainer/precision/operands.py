@@ -7,10 +7,11 @@ where a block's neighbours along the other dim follow each other: [K / 128, rows
 filled up to a multiple of 4] of blocks 128x128 (cuBLAS, "scaling factors layouts").
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import accumulate
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -29,7 +30,10 @@ QUAD = 4
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Operand:
-    """codes: uint8 [rows, K]; scales: fp32, contiguous, see above; tall: blocks of 128x128, not of 1x128."""
+    """codes: uint8 [rows, K]; scales: fp32, contiguous, see above; tall: blocks of 128x128, not of 1x128.
+
+    Of MXFP8 (`mx.py`) scales are uint8.
+    """
 
     codes: Tensor
     scales: Tensor
@@ -122,24 +126,37 @@ class Kept:
     views a weight must share its version, as `detach()` does and `.data` does not.
     """
 
-    def __init__(self) -> None:
-        self._made: dict[tuple[int, torch.Size], tuple[int, WeightCodes]] = {}
+    def __init__(self, make: "Callable[[Tensor], WeightOperands]") -> None:
+        self._make = make
+        self._made: dict[tuple[int, torch.Size], tuple[int, WeightOperands]] = {}
 
-    def of(self, weight: Tensor) -> "WeightCodes":
+    def of(self, weight: Tensor) -> "WeightOperands":
         """The codes of weight [E, rows, columns] as it is now."""
         key, version = (weight.data_ptr(), weight.shape), weight._version
         found = self._made.get(key)
         if found is None or found[0] != version:
-            found = version, WeightCodes(weight.detach())
+            found = version, self._make(weight.detach())
             self._made[key] = found
         return found[1]
+
+
+class WeightOperands(Protocol):
+    """The operands of a weight, one of each matrix: of y = x W^T and of dx = dy W."""
+
+    weight: Tensor
+    forwards: list[Operand]
+
+    @property
+    def backwards(self) -> list[Operand]:
+        """Made when first asked for: an evaluation needs none."""
+        ...
 
 
 class WeightCodes:
     """The operands of a weight: of y = x W^T and of dx = dy W. The values are exact: no floor, see `weights.py`."""
 
     def __init__(self, weight: Tensor) -> None:
-        self._weight = weight  # so that its address is nobody else's while this is kept
+        self.weight = weight  # so that its address is nobody else's while this is kept
         self._coded = formats.encode(weight, E4M3_OF_FP4)
         self.forwards = stacked(self._coded)
         self._backwards: list[Operand] | None = None

@@ -5,38 +5,25 @@ differs, and with it the order of the sums. Linear maps, maps side by side and e
 weight each.
 """
 
-import importlib
-import importlib.util
 from collections.abc import Callable, Sequence
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from trainer.precision import layouts
 from trainer.precision.elements import Format
 from trainer.precision.emulated import Grouped, Linear
 from trainer.precision.formats import Coded, decode, encode
 from trainer.precision.health import Watch
-from trainer.precision.operands import Groups, Kept, Operand, columns_of, fits, rows_of
+from trainer.precision.layouts import Layout
+from trainer.precision.operands import Groups, Kept, Operand
 from trainer.precision.recipe import Formats
 
 Multiply = Callable[[Sequence[tuple[Operand, Operand]], torch.dtype], Sequence[Tensor]]
-"""a b^T of each pair in fp32 or bf16; a's blocks are 1x128, b's 1x128 or 128x128."""
-BLOCKS = {"input": (1, 128), "grad": (1, 128), "wgrad_input": (128, 1), "wgrad_grad": (128, 1)}
+"""a b^T of each pair in fp32 or bf16; a's blocks are 1x128, b's 1x128 or 128x128, or all are 1x32."""
 DTYPES = (torch.float32, torch.bfloat16)
 KEPT = ("codes", "exponents")
-
-
-def refusal(formats: Formats) -> str:
-    """Which format of these no block-scaled product takes; "" if it takes them."""
-    last = formats.weight[-1] if formats.weight else None
-    wanted = {"weight": (last, (128, 128)), **{key: (getattr(formats, key), block) for key, block in BLOCKS.items()}}
-    for key, (format, (rows, columns)) in wanted.items():
-        if not fits(format, "e4m3", (rows, columns)):
-            return f"{key} is {format.name if format else 'in the type of the run'}, not e4m3_{rows}x{columns}"
-    dgrad = formats.dgrad_weight
-    return f"dgrad_weight is {dgrad.name}, not what weight left" if dgrad else ""
 
 
 def linear(multiply: Multiply, formats: Formats, watch: Watch) -> Linear:
@@ -65,11 +52,12 @@ def side_by_side(multiply: Multiply, formats: Formats, watch: Watch) -> Linear:
 
 def grouped(multiply: Multiply, formats: Formats, watch: Watch) -> Grouped:
     """As `emulated.grouped`."""
-    kept, makes = Kept(), casts()
+    layout = layouts.of(formats)
+    kept = Kept(lambda weight: layout.weight(weight, formats))
 
     def product(x_PD: Tensor, w_EFD: Tensor, counts: list[int]) -> Tensor:
         assert x_PD.dtype in DTYPES
-        return _Products.apply(x_PD, w_EFD, Groups(counts), formats, watch, multiply, kept, makes)
+        return _Products.apply(x_PD, w_EFD, Groups(counts, layout.side), formats, watch, multiply, kept, layout)
 
     return product
 
@@ -85,24 +73,25 @@ class _Products(torch.autograd.Function):
         watch: Watch,
         multiply: Multiply,
         kept: Kept,
-        makes: ModuleType,
+        layout: Layout,
     ) -> Tensor:
-        coded = makes.cast_rows(x_PD, _floor(formats.input))
+        coded = layout.casts().cast_rows(x_PD, _floor(formats.input))
         _note(watch, "input", x_PD, formats.input)
         weights = kept.of(w_EFD)
-        ctx.groups, ctx.formats, ctx.watch, ctx.multiply, ctx.makes = groups, formats, watch, multiply, makes
+        ctx.groups, ctx.formats, ctx.watch, ctx.multiply, ctx.layout = groups, formats, watch, multiply, layout
         ctx.weights, ctx.shape, ctx.dtype = weights, w_EFD.shape, w_EFD.dtype
         ctx.save_for_backward(*((getattr(coded, name) for name in KEPT) if ctx.needs_input_grad[1] else ()))
-        pairs = zip(rows_of(coded, groups), _of(weights.forwards, groups), strict=True)
+        pairs = zip(layout.rows(coded, groups), _of(weights.forwards, groups), strict=True)
         return groups.gather(multiply(list(pairs), x_PD.dtype), w_EFD.shape[1], x_PD)
 
     @staticmethod
     def backward(ctx: Any, grad_PF: Tensor) -> tuple[Tensor | None, ...]:
-        groups, formats, watch = ctx.groups, ctx.formats, ctx.watch
+        groups, formats, watch, layout = ctx.groups, ctx.formats, ctx.watch, ctx.layout
         grad_x = grad_w = None
         if ctx.needs_input_grad[0]:
             _note(watch, "grad", grad_PF, formats.grad)
-            rows = rows_of(ctx.makes.cast_rows(grad_PF, _floor(formats.grad)), groups)
+            _note(watch, "dgrad_weight", ctx.weights.weight, formats.dgrad_weight)
+            rows = layout.rows(layout.casts().cast_rows(grad_PF, _floor(formats.grad)), groups)
             pairs = list(zip(rows, _of(ctx.weights.backwards, groups), strict=True))
             grad_x = groups.gather(ctx.multiply(pairs, grad_PF.dtype), ctx.shape[2], grad_PF)
         if ctx.needs_input_grad[1]:
@@ -112,12 +101,13 @@ class _Products(torch.autograd.Function):
 
 def _of_weight(ctx: Any, grad_PF: Tensor) -> Tensor:
     """dW of each group: its rows' gradients by its rows, both rounded in blocks along the rows."""
-    groups, formats, makes, shape = ctx.groups, ctx.formats, ctx.makes, ctx.shape
+    groups, formats, layout, shape = ctx.groups, ctx.formats, ctx.layout, ctx.shape
+    makes = layout.casts()
     taken = Coded(**{name: groups.spread(one) for name, one in zip(KEPT, ctx.saved_tensors, strict=True)})
     grad_QF = groups.spread(grad_PF)
     _note(ctx.watch, "wgrad_grad", grad_QF, formats.wgrad_grad)
-    of_grad = columns_of(makes.cast_columns(grad_QF, _floor(formats.wgrad_grad)), groups)
-    of_input = columns_of(makes.recast_columns(taken, _floor(formats.wgrad_input)), groups)
+    of_grad = layout.columns(makes.cast_columns(grad_QF, _floor(formats.wgrad_grad)), groups)
+    of_input = layout.columns(makes.recast_columns(taken, _floor(formats.wgrad_input)), groups)
     parts = ctx.multiply(list(zip(of_grad, of_input, strict=True)), ctx.dtype)
     if len(parts) == shape[0] == 1:
         return parts[0][: shape[1], : shape[2]].unsqueeze(0)
@@ -129,12 +119,6 @@ def _of_weight(ctx: Any, grad_PF: Tensor) -> Tensor:
 
 def _of(operands: Sequence[Operand], groups: Groups) -> list[Operand]:
     return [operands[group] for group in groups.spans]
-
-
-def casts() -> ModuleType:
-    """Who makes codes: kernels, or the plain functions, whose bits are the same."""
-    by_kernels = torch.cuda.is_available() and importlib.util.find_spec("triton") is not None
-    return importlib.import_module(f"trainer.precision.{'kernels' if by_kernels else 'casts'}")
 
 
 def _floor(format: Format | None) -> float:

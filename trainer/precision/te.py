@@ -1,11 +1,11 @@
-"""Transformer Engine's door: the back end `te`, its block-scaled products on Hopper and nothing else of it.
+"""Transformer Engine's door: the back end `te`, its block-scaled products and nothing else of it.
 
 Codes and scales are ours, as for every back end, handed over in its own class of block-scaled tensors; so its
 quantisers, which cut off an infinity where ours say NaN, are not called, and none of its modules is. A single product
 is `general_gemm`, those of experts are `general_grouped_gemm`, which spreads them over several streams. What is used
 has no promise of staying as it is: so the version is pinned and each name is looked up before the first step.
 
-Its Float8BlockScaling is Hopper's; on Blackwell it is imitated by MXFP8, other numbers, and refused here.
+Its Float8BlockScaling is Hopper's; Blackwell has MXFP8, other numbers, so that each serves the recipes of its own.
 """
 
 import importlib
@@ -17,15 +17,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trainer.precision import products
+from trainer.precision import layouts
 from trainer.precision.blockscaled import hopper_refusal
 from trainer.precision.operands import Operand
 from trainer.precision.recipe import Formats
 
 PACKAGE, VERSION = "transformer_engine", "2.20.2"
 """The only release that the names below were held against."""
+BLACKWELL = 10
+"""Major compute capability of the GPUs on which it has MXFP8 products."""
 USED = {
-    "transformer_engine.pytorch": ("DType", "Float8BlockQuantizer", "Float8BlockwiseQTensorStorage"),
+    "transformer_engine.pytorch": (
+        "DType",
+        "Float8BlockQuantizer",
+        "Float8BlockwiseQTensorStorage",
+        "MXFP8Quantizer",
+        "MXFP8TensorStorage",
+    ),
     "transformer_engine.pytorch.cpp_extensions": ("general_gemm", "general_grouped_gemm"),
 }
 """What is used, by module."""
@@ -33,12 +41,14 @@ USED = {
 
 def refusal(formats: Formats, device: torch.device) -> str:
     """Why these formats cannot be computed on the device; "": they can. Imports Transformer Engine only if they may."""
-    return products.refusal(formats) or hopper_refusal(device) or _unknown()
+    if layouts.of(formats) is layouts.BLACKWELL:
+        return _blackwell_refusal(device) or _unknown()
+    return layouts.HOPPER.refusal(formats) or hopper_refusal(device) or _unknown()
 
 
 def describe() -> str:
     """What multiplies."""
-    return f"te {VERSION}: general_gemm and general_grouped_gemm, blocks of 1x128 and 128x128"
+    return f"te {VERSION}: general_gemm and general_grouped_gemm, blocks of 1x128 and 128x128, or of 32"
 
 
 def multiply(pairs: Sequence[tuple[Operand, Operand]], dtype: torch.dtype) -> list[Tensor]:
@@ -59,8 +69,18 @@ def multiply(pairs: Sequence[tuple[Operand, Operand]], dtype: torch.dtype) -> li
 
 
 def _tensor(operand: Operand, used: dict[str, Any]) -> Any:
-    """An operand as a tensor of Transformer Engine; its scales lie as ours do."""
+    """An operand as a tensor of Transformer Engine; its scales lie as ours do, MXFP8's until it swizzles them."""
     element = used["DType"].kFloat8E4M3
+    if operand.scales.dtype == torch.uint8:
+        return used["MXFP8TensorStorage"](
+            rowwise_data=operand.codes,
+            rowwise_scale_inv=operand.scales,
+            columnwise_data=None,
+            columnwise_scale_inv=None,
+            fp8_dtype=element,
+            quantizer=_mx_quantizer(),
+            with_gemm_swizzled_scales=False,
+        )
     return used["Float8BlockwiseQTensorStorage"](
         rowwise_data=operand.codes.contiguous(),
         rowwise_scale_inv=operand.scales,
@@ -82,9 +102,25 @@ def _quantizer(tall: bool) -> Any:
 
 
 @cache
+def _mx_quantizer() -> Any:
+    used = _used()
+    return used["MXFP8Quantizer"](used["DType"].kFloat8E4M3, rowwise=True, columnwise=False)
+
+
+@cache
 def _used() -> dict[str, Any]:
     """What is used of Transformer Engine, by name. It needs torch's libraries loaded, so it is imported late."""
     return {name: getattr(importlib.import_module(module), name) for module, names in USED.items() for name in names}
+
+
+def _blackwell_refusal(device: torch.device) -> str:
+    """Why there are no products with E8M0 scales of blocks of 32 on the device; "": there are."""
+    if device.type != "cuda":
+        return f"a {device.type} has no MXFP8 products; an NVIDIA GPU of compute capability 10 has"
+    major, minor = torch.cuda.get_device_capability(device)
+    if major == BLACKWELL:
+        return ""
+    return f"compute capability {major}.{minor} has no MXFP8 products in Transformer Engine {VERSION}; 10 has"
 
 
 def _unknown() -> str:

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from trainer.precision import blockscaled, products
+from trainer.precision import blockscaled
 from trainer.precision.elements import E2M1_1X32, E4M3_1X128, E4M3_128X1, E4M3_128X128, E4M3_OF_FP4
 from trainer.precision.formats import rounded
+from trainer.precision.layouts import HOPPER
 from trainer.precision.recipe import Formats
 
 FP8 = Formats(
@@ -93,4 +94,4 @@ def operands(counts: list[int], D: int, out: int, dtype: torch.dtype, device: st
 def stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
     """The back end `torch` serves on a CPU, its products made by the stand-in."""
     monkeypatch.setattr(F, "scaled_mm", scaled_mm)
-    monkeypatch.setattr(blockscaled, "refusal", lambda formats, device: products.refusal(formats))
+    monkeypatch.setattr(blockscaled, "refusal", lambda formats, device: HOPPER.refusal(formats))

@@ -14,10 +14,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from tests.trainer.precision.hopper import FP8, FP8_FP4, on_hopper, operands, scaled_mm
-from trainer.precision import backends, blockscaled, products
-from trainer.precision import operands as layouts
+from trainer.precision import backends, blockscaled, layouts
 from trainer.precision.elements import E2M1_1X32, E4M3_128X128
 from trainer.precision.health import Watch, seen
+from trainer.precision.operands import WeightCodes
 
 LIMITS = {torch.float32: 1e-6, torch.bfloat16: 2**-8}
 """fp32: sums of some hundred terms in another order; bf16: a result may be rounded to the other side."""
@@ -76,7 +76,7 @@ def test_kernels_make_the_codes_of_the_plain_casts(monkeypatch: pytest.MonkeyPat
     """As on a GPU, here in Triton's interpreter: not a bit of any product is another."""
     given, found = operands(RAGGED, 200, 72, torch.float32), []
     for casts in ("casts", "kernels"):
-        monkeypatch.setattr(products, "casts", lambda casts=casts: import_module(f"trainer.precision.{casts}"))
+        monkeypatch.setattr(layouts, "casts", lambda casts=casts: import_module(f"trainer.precision.{casts}"))
         found.append(three(lambda x, w: TORCH.grouped(FP8, Watch())(x, w, RAGGED), **given))
     assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
 
@@ -130,9 +130,9 @@ def test_notes_are_those_of_the_emulated_back_end() -> None:
 
 def test_weights_are_encoded_once_for_each_of_their_versions(monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[int] = []
-    weight_codes = layouts.WeightCodes
+    weight_codes = WeightCodes
 
-    def counted(weight: Tensor) -> layouts.WeightCodes:
+    def counted(weight: Tensor) -> WeightCodes:
         made.append(weight._version)
         return weight_codes(weight)
 
