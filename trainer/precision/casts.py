@@ -23,7 +23,7 @@ def cast_columns(x_PC: Tensor, floor: float = FLOOR) -> Coded:
 
 
 def recast_columns(coded: Coded, floor: float = FLOOR) -> Coded:
-    """`cast_columns` of what `cast_rows` left, which costs nothing that `cast_columns` of x would not."""
+    """`cast_columns` of what `cast_rows` left. With powers of two as scales it is about as exact as of x itself."""
     return cast_columns(decode(coded, E4M3_1X128), floor)
 
 

@@ -55,7 +55,7 @@ def encode_at(x: Tensor, format: Format, exponent: Tensor) -> Coded:
 
 
 def decode(coded: Coded, format: Format, dtype: torch.dtype = torch.float32) -> Tensor:
-    """The numbers of codes; exact in fp32 and, while their exponents are bf16's, in bf16.
+    """The numbers of codes; exact in fp32, and in bf16 but for those below its normal ones (2^-126).
 
     What was rounded up to 2^128, from 1.75 * 2^127 on, is infinite.
     """
@@ -71,7 +71,7 @@ def rounded(x: Tensor, format: Format) -> Tensor:
 
 
 def exponents(x: Tensor, format: Format) -> Tensor:
-    """The scale of each block of x, as E8M0."""
+    """The scale of each block of x, 2^ceil(log2(max(amax, floor) / largest)), as E8M0; NaN where amax is not finite."""
     amax = block_amax(x, format.block)
     bits = amax.clamp_min(format.floor).view(torch.int32)
     # Divided by the largest = m 2^k: the exponent less k, and one more where amax has the larger mantissa.

@@ -41,7 +41,9 @@ class Seen:
 
 
 class Watch:
-    """Takes notes of roundings while it is on; many threads may."""
+    """Takes notes of roundings while it is on; many threads may. What is computed again in the backward pass is noted
+    again.
+    """
 
     def __init__(self) -> None:
         self.on = False

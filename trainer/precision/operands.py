@@ -1,10 +1,10 @@
 """Operands of block-scaled products as tensor cores of Hopper take them: E4M3 codes, fp32 scales, both in one layout.
 
 Both operands of a product have the summed dim last ("TN", the only layout of Hopper's FP8), so that what is
-multiplied across its rows is laid out transposed. cuBLASLt asks for multiples: 16 of the other dim (of bytes in a row
-of the result, and of torch), whole blocks of 128 of the summed dim; zeros fill up and add nothing. A scale is stored
-where a block's neighbours along the other dim follow each other: [K / 128, rows] of blocks 1x128, [rows / 128, K / 128
-filled up to a multiple of 4] of blocks 128x128 (cuBLAS, "scaling factors layouts").
+multiplied across its rows is laid out transposed. torch and cuBLASLt ask for multiples of 16 in both dims; here the
+summed one is filled up to whole blocks of 128, and the other to 16. Zeros add nothing. Scales of blocks 1x128 lie as
+[K / 128, rows], those of blocks 128x128 as [rows / 128, K / 128 filled up to a multiple of 4] (cuBLAS, "scaling
+factors layouts").
 """
 
 from collections.abc import Callable, Sequence

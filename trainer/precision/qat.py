@@ -1,9 +1,10 @@
 """FP4 on its way through FP8: which tiles the cast changes, which it cannot; the rotation before FP4 of q and k.
 
 Source: R 5.2.1, spec 7.3. A weight rounded to E2M1 with scales 2^s per 1x32 is cast to E4M3 with one scale 2^t per
-128x128, t from the tile's largest number: s - t = 6 for the sub-block with the largest scale, for 6 * 2^6 = 384 is not
-above 448. Each number of E2M1 times 2^k is one of E4M3 for k = -8 ... 6: half of 2^-8 is E4M3's smallest number. So no
-number changes where the scales of a tile are within 2^14 of each other; beyond, odd multiples of 0.5 do.
+128x128, t from the tile's largest number. Of the sub-block with the largest scale s - t is 6, for 6 * 2^6 = 384 is not
+above 448, or more where it has no 6. Each number of E2M1 times 2^k is one of E4M3 for k = -8 ... 6: half of 2^-8 is
+E4M3's smallest number. So no number changes where the scales of a tile are within 2^14 of each other; beyond, odd
+multiples of 0.5 may.
 """
 
 import torch
