@@ -7,10 +7,12 @@ swizzled (cuBLAS, "1D block scaling factors layout"). An operand's scales are th
 Formats 1.0.
 """
 
+from functools import partial
+
 from torch import Tensor
 
-from trainer.precision.elements import FLOORS, Format, named
-from trainer.precision.formats import Coded, decode, encode
+from trainer.precision import casts
+from trainer.precision.formats import Coded
 from trainer.precision.operands import Groups, Operand, filled
 from trainer.precision.recipe import Formats
 
@@ -18,22 +20,9 @@ SIDE = 32
 """Of a block, and what each group's rows are filled up to: a block along tokens has rows of one expert only."""
 TILE = (128, 4)
 """Rows and blocks of a tile of scales."""
-FLOOR = FLOORS["e4m3"]
-
-
-def cast_rows(x_PC: Tensor, floor: float = FLOOR) -> Coded:
-    """Operands of y = x W^T and of dx = dy W: codes [P, C], exponents [P, ceil(C / 32)]."""
-    return encode(x_PC, _format(floor))
-
-
-def cast_columns(x_PC: Tensor, floor: float = FLOOR) -> Coded:
-    """Operands of dW = dy^T x, scales along tokens: codes [C, P], exponents [C, ceil(P / 32)]."""
-    return encode(x_PC.mT.contiguous(), _format(floor))
-
-
-def recast_columns(coded: Coded, floor: float = FLOOR) -> Coded:
-    """`cast_columns` of what `cast_rows` left."""
-    return cast_columns(decode(coded, _format(floor)), floor)
+cast_rows = partial(casts.cast_rows, side=SIDE)
+cast_columns = partial(casts.cast_columns, side=SIDE)
+recast_columns = partial(casts.recast_columns, side=SIDE)
 
 
 def rows_of(coded: Coded, groups: Groups) -> list[Operand]:
@@ -73,7 +62,3 @@ def _stacked(coded: Coded) -> list[Operand]:
 
 def _operand(codes: Tensor, exponents: Tensor) -> Operand:
     return Operand(codes=filled(codes, SIDE, SIDE).contiguous(), scales=filled(exponents, *TILE).contiguous())
-
-
-def _format(floor: float) -> Format:
-    return named("e4m3_1x32", floor)
