@@ -36,7 +36,7 @@ def linear(formats: Formats, watch: Watch) -> Linear:
     """`F.linear` with rounded operands: x [..., in], weight [out, in] to y [..., out]."""
 
     def product(x: Tensor, weight: Tensor) -> Tensor:
-        y_GPF = _Products.apply(x.flatten(0, -2).unsqueeze(0), weight.unsqueeze(0), formats, watch)
+        y_GPF = _Products.apply(x.flatten(0, -2).unsqueeze(0), _taught(weight).unsqueeze(0), formats, watch)
         return y_GPF.squeeze(0).unflatten(0, x.shape[:-1])
 
     return product
@@ -46,7 +46,7 @@ def side_by_side(formats: Formats, watch: Watch) -> Linear:
     """`model.attention.group_products` with rounded operands: x [..., G, in], weight [G, out, in], y [..., G, out]."""
 
     def product(x: Tensor, weight: Tensor) -> Tensor:
-        y_GPF = _Products.apply(x.flatten(0, -3).transpose(0, 1), weight, formats, watch)
+        y_GPF = _Products.apply(x.flatten(0, -3).transpose(0, 1), _taught(weight), formats, watch)
         return y_GPF.transpose(0, 1).unflatten(0, x.shape[:-2])
 
     return product
@@ -56,7 +56,7 @@ def grouped(formats: Formats, watch: Watch) -> Grouped:
     """`model.experts.grouped_matmul` with rounded operands; blocks along tokens begin with each expert's first."""
 
     def product(x_PD: Tensor, w_EFD: Tensor, counts: list[int]) -> Tensor:
-        return _GroupedProducts.apply(x_PD, w_EFD, counts, formats, watch)
+        return _GroupedProducts.apply(x_PD, _taught(w_EFD), counts, formats, watch)
 
     return product
 
@@ -120,6 +120,14 @@ class _GroupedProducts(torch.autograd.Function):
             ):
                 torch.mm(grad_qf.T, x_qd, out=grad_FD)
         return grad_x, grad_w, None, None, None
+
+
+def _taught(weight: Tensor) -> Tensor:
+    """The weight; as one without a gradient where none is taken, so that the input is not rounded for that too.
+
+    A function of autograd cannot tell: within it gradients are off, and its weight asks for one, in any case.
+    """
+    return weight if torch.is_grad_enabled() else weight.detach()
 
 
 def _side(formats: Formats) -> int:

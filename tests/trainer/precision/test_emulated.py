@@ -172,6 +172,29 @@ def test_inputs_are_kept_as_codes() -> None:
     assert sizes == [2 * 128, 256 * 128]
 
 
+@pytest.mark.parametrize(
+    ("product", "x", "w", "named"),
+    [
+        (emulated.linear, (3, 16), (8, 16), {}),
+        (emulated.side_by_side, (3, 2, 16), (2, 8, 16), {}),
+        (emulated.grouped, (3, 16), (2, 8, 16), {"counts": [1, 2]}),
+    ],
+    ids=["linear", "side_by_side", "grouped"],
+)
+def test_without_gradients_an_input_is_rounded_once(
+    product: Any, x: tuple[int, ...], w: tuple[int, ...], named: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A sample's single token is not filled up to a block of tokens for a gradient that nobody asks for."""
+    given, weight, made = numbers(*x, seed=1), numbers(*w, seed=2).requires_grad_(), []
+    encode = emulated.encode
+    monkeypatch.setattr(emulated, "encode", lambda one, format: made.append(format.name) or encode(one, format))
+    with torch.no_grad():
+        y = product(FP8, Watch())(given, weight, **named)
+    assert made == ["e4m3_1x128"]
+    assert torch.equal(y, product(FP8, Watch())(given, weight, **named))
+    assert made == ["e4m3_1x128", "e4m3_1x128", "e4m3_128x1"]
+
+
 def test_a_number_that_is_none_is_seen_in_the_product() -> None:
     """An infinity in one token makes its own results NaN and leaves those of the others as they are."""
     x, w = numbers(4, 128, seed=1, dtype=torch.float32), numbers(8, 128, seed=2, dtype=torch.float32)
