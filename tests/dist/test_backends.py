@@ -29,18 +29,22 @@ def in_one_process(case: Case, **changes: object) -> Steps:
         return ranks.take_alone(replace(case, changes={**case.changes, **changes}))
 
 
+def assert_near(found: Steps, expected: Steps) -> None:
+    """Weights and losses are those of the emulated products but for the order of sums."""
+    for name, tensor in expected.tensors.items():
+        if name.startswith("model/") and tensor.is_floating_point():
+            assert float((found.tensors[name] - tensor).abs().max()) <= LIMIT * float(tensor.abs().max()), name
+    losses = [[told["loss/lm"] for told in steps.figures] for steps in (found, expected)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
 @pytest.fixture(scope="module")
 def alone() -> Steps:
     return in_one_process(CASE)
 
 
 def test_steps_are_those_of_the_emulated_products(alone: Steps) -> None:
-    expected = in_one_process(EMULATED)
-    for name, tensor in expected.tensors.items():
-        if name.startswith("model/") and tensor.is_floating_point():
-            assert float((alone.tensors[name] - tensor).abs().max()) <= LIMIT * float(tensor.abs().max()), name
-    losses = [[told["loss/lm"] for told in steps.figures] for steps in (alone, expected)]
-    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    assert_near(alone, in_one_process(EMULATED))
 
 
 def test_each_view_of_the_model_has_the_weights_of_the_step(alone: Steps) -> None:
@@ -52,6 +56,16 @@ def test_each_rank_has_the_weights_of_the_step(
     mesh: Mesh, alone: Steps, processes: BaseContext, tmp_path: Path
 ) -> None:
     assert ranks.differences(alone, ranks.run(processes, CASE, mesh, tmp_path)) == []
+
+
+def test_weights_that_arrive_during_a_pass_are_those_of_the_step(processes: BaseContext, tmp_path: Path) -> None:
+    """The fast path: a layer waits for its own weights, and its codes are made of them. Both on one layout."""
+    mesh = Mesh(data=2, expert=2, owners=2)
+    found, expected = (
+        ranks.run(processes, replace(case, changes={**case.changes, "parallel": {"reduction": "fast"}}), mesh, tmp_path)
+        for case in (CASE, EMULATED)
+    )
+    assert_near(found, expected)
 
 
 def first_codes_for_ever(patch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ import importlib
 import importlib.util
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from types import ModuleType
 
 import torch
@@ -43,6 +44,7 @@ class Layout:
         return ""
 
 
+@cache
 def casts() -> ModuleType:
     """Who makes codes of Hopper's blocks: kernels, or the plain functions, whose bits are the same."""
     by_kernels = torch.cuda.is_available() and importlib.util.find_spec("triton") is not None
