@@ -48,7 +48,7 @@ def choose(config: PrecisionConfig, table: Mapping[str, Formats], device: torch.
 
 
 def module(name: str) -> ModuleType:
-    """The module of a back end. All say `refusal`; those but the emulated one `describe` and `multiply`."""
+    """The module of a back end. Each has `refusal`; all but the emulated one have `describe` and `multiply`, too."""
     return importlib.import_module(f"trainer.precision.{MODULES[name]}")
 
 

@@ -18,7 +18,7 @@ class Note:
     """What one rounding did; tensors, so that nothing waits for a GPU. See `Seen`."""
 
     operand: str
-    size: int
+    size: Tensor
     lost: Tensor
     poisoned: Tensor
     amax: Tensor
@@ -28,8 +28,9 @@ class Note:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Seen:
-    """Of roundings together. size: numbers; lost: of those, not 0 and rounded to 0; poisoned: blocks without a finite
-    scale; amax: the largest magnitude; error, square: sums of squares, of what rounding changed and of what there was.
+    """Of roundings together. size: numbers but zeros, so that what fills groups of rows up does not count; lost: of
+    those, rounded to 0; poisoned: blocks without a finite scale; amax: the largest magnitude; error, square: sums of
+    squares, of what rounding changed and of what there was.
     """
 
     size: int
@@ -60,7 +61,7 @@ def note(operand: str, x: Tensor, values: Tensor, coded: Coded) -> Note:
     exact, near = x.double(), values.double()
     return Note(
         operand=operand,
-        size=x.numel(),
+        size=(x != 0).sum(),
         lost=((x != 0) & (values == 0)).sum(),
         poisoned=(coded.exponents == NAN_EXPONENT).sum(),
         amax=x.abs().amax() if x.numel() else x.new_zeros(()),
@@ -74,7 +75,7 @@ def seen(notes: Iterable[Note]) -> dict[str, list[Seen]]:
     found: dict[str, list[Seen]] = {}
     for one in (one for one in notes if one.error or one.poisoned):
         numbers = Seen(
-            size=one.size,
+            size=int(one.size),
             lost=int(one.lost),
             poisoned=int(one.poisoned),
             amax=float(one.amax),

@@ -92,7 +92,9 @@ def rows_of(coded: Coded, groups: Groups) -> list[Operand]:
 
 
 def columns_of(turned: Coded, groups: Groups) -> list[Operand]:
-    """Codes [C, Q] of blocks along rows, which are in their groups' places, as an operand for each that has rows."""
+    """Codes [C, Q] of blocks 1x128 along tokens, which lie in their groups' places, as an operand for each group that
+    has some: of dW = dy^T x.
+    """
     codes = filled(turned.codes, OUTER, 1)
     scales = _scales(filled(turned.exponents, OUTER, 1).mT.contiguous())
     return [

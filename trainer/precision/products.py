@@ -63,6 +63,8 @@ def grouped(multiply: Multiply, formats: Formats, watch: Watch) -> Grouped:
 
 
 class _Products(torch.autograd.Function):
+    """The three products of each group's rows and its weight, x_PD and w_EFD to y_PF; see `emulated.py`."""
+
     @staticmethod
     def forward(
         ctx: Any,

@@ -117,12 +117,17 @@ def test_what_is_not_finite_is_seen_where_the_emulated_products_show_it(bad: flo
         assert one.isinf().sum() == 0
 
 
-def test_notes_are_those_of_the_emulated_back_end() -> None:
-    given, notes = operands(RAGGED, 200, 72, torch.bfloat16), []
+@pytest.mark.parametrize("counts", [RAGGED, [130]])
+def test_notes_are_those_of_the_emulated_back_end(counts: list[int]) -> None:
+    """However many zeros each fills up with: of a linear map's rows the emulated one with none."""
+    given, notes = operands(counts, 200, 72, torch.bfloat16), []
     for back in (TORCH, EMULATED):
         watch = Watch()
         watch.on = True
-        three(lambda x, w, back=back, watch=watch: back.grouped(FP8, watch)(x, w, RAGGED), **given)
+        if len(counts) == 1:
+            three(lambda x, w, back=back, watch=watch: back.linear(FP8, watch)(x, w.squeeze(0)), **given)
+        else:
+            three(lambda x, w, back=back, watch=watch: back.grouped(FP8, watch)(x, w, counts), **given)
         notes.append(seen(watch.notes))
     assert notes[0].keys() == {"input", "grad", "wgrad_grad"}
     assert notes[0] == notes[1]

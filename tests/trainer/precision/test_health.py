@@ -28,7 +28,7 @@ def test_a_rounding_in_numbers() -> None:
     """256 is a code's number under the scale of 448, 2^-12 is below half of the smallest, 20.5 becomes 20."""
     one = taken(torch.tensor([[448.0, 256.0, 2.0**-12, 20.5, 0.0]]))
     assert one == Seen(
-        size=5, lost=1, poisoned=0, amax=448.0, error=2.0**-24 + 0.25, square=448.0**2 + 256**2 + 2.0**-24 + 20.5**2
+        size=4, lost=1, poisoned=0, amax=448.0, error=2.0**-24 + 0.25, square=448.0**2 + 256**2 + 2.0**-24 + 20.5**2
     )
 
 
