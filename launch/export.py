@@ -60,6 +60,8 @@ def _source(word: str, step: int | None) -> "Source":
 
     folder = Path(word)
     if not (word and (folder / COMMIT).is_file()):
+        if word and (folder / "model.safetensors.index.json").is_file():
+            raise ValueError(f"SOURCE = {word}: expected a run, a checkpoint or an import; keel import makes it one")
         run = find_run(word)
         return Source(run=run, config=read(run / CONFIG_FILE), step=step)
     if step is not None:

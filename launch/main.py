@@ -6,6 +6,7 @@ else is the verb's own or a bug's traceback.
 """
 
 import difflib
+import errno
 import importlib
 import importlib.util
 import os
@@ -18,6 +19,18 @@ VERBS = ("train", "resume", "status", "report", "plan", "check", "config", "samp
 FOLDERS = ("configs", "launch", "trainer", "model", "optim", "data", "tests")
 COMPLAINT = re.compile(r".+? = .*: expected .+", re.DOTALL)
 """How an error that a user caused reads; another ValueError is a bug of ours and keeps its traceback."""
+
+
+NO_ACCESS = {
+    errno.ENOENT: "exists",
+    errno.EACCES: "may be used",
+    errno.EPERM: "may be used",
+    errno.ENOTDIR: "is below folders only",
+    errno.EISDIR: "is a file",
+    errno.ENAMETOOLONG: "has a shorter name",
+    errno.ELOOP: "is no circle of links",
+}
+"""What is wrong with a name that a user gave, by the system's number of it."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -35,10 +48,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         # The reader of our output has gone (`keel config show | head`): nothing is wrong, and nothing can be said.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except FileNotFoundError as error:
-        if error.filename is None:
+    except OSError as error:
+        if error.filename is None or error.errno not in NO_ACCESS:
             raise
-        return _complain(f"file = {error.filename}: expected a file or folder that exists")
+        return _complain(f"file = {error.filename}: expected a file or folder that {NO_ACCESS[error.errno]}")
     except ValueError as error:
         if not COMPLAINT.fullmatch(str(error)):
             raise

@@ -5,10 +5,11 @@
 """
 
 import json
-from collections.abc import Iterator, Mapping
-from dataclasses import fields
+import sys
+from collections.abc import Iterator
+from dataclasses import MISSING, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import torch
 from safetensors import safe_open
@@ -51,23 +52,51 @@ def config_from_released(folder: Path) -> ModelConfig:
     return config_from_keys(path, json.loads(path.read_text()))
 
 
-def config_from_keys(path: Path, raw: Mapping[str, Any]) -> ModelConfig:
-    """`config_from_released` of what a config.json says. path: where it was read, for errors."""
-    _refuse_unknown(path, "", raw, ModelConfig, NOT_ARCHITECTURE)
-    known = {field.name for field in fields(ModelConfig)}
-    values: dict[str, Any] = {key: value for key, value in raw.items() if key in known}
-    values["compress_ratios"] = tuple(values["compress_ratios"])
-    if values.get("rope_scaling") is not None:
-        _refuse_unknown(path, "rope_scaling.", values["rope_scaling"], RopeScaling)
-        values["rope_scaling"] = RopeScaling(**values["rope_scaling"])
-    return ModelConfig(**values)
+def config_from_keys(path: Path, raw: Any) -> ModelConfig:
+    """`config_from_released` of what a config.json says. path: where it was read, for errors.
+
+    Raises ValueError naming file, key and value for whatever is missing, unknown, of another type or not V4's.
+    """
+    return _build(path, "", raw, ModelConfig, NOT_ARCHITECTURE)
 
 
-def _refuse_unknown(
-    path: Path, prefix: str, raw: Mapping[str, object], of: type, ignored: frozenset[str] = frozenset()
-) -> None:
-    for key in sorted(set(raw) - {field.name for field in fields(of)} - ignored):
+def _build(path: Path, prefix: str, raw: Any, of: type, ignored: frozenset[str] = frozenset()) -> Any:
+    """A dataclass from a JSON object that has its fields as keys."""
+    if not isinstance(raw, dict):
+        raise ValueError(f"{path}: {prefix.removesuffix('.') or 'content'} = {raw!r}: expected a JSON object")
+    hints, values = get_type_hints(of), {}
+    for key in sorted(raw.keys() - hints.keys() - ignored):
         raise ValueError(f"{path}: {prefix}{key} = {raw[key]!r}: expected a key of {of.__name__}")
+    for field in fields(of):
+        if field.name not in raw:
+            if field.default is MISSING:
+                raise ValueError(f"{path}: {prefix}{field.name} = nothing: expected a value")
+            continue
+        hint, value = hints[field.name], raw[field.name]
+        if wrong := _wrong(hint, value):
+            raise ValueError(f"{path}: {prefix}{field.name} = {value!r}: expected {wrong}")
+        if hint == RopeScaling | None and value is not None:
+            value = _build(path, f"{field.name}.", value, RopeScaling)
+        values[field.name] = tuple(value) if isinstance(value, list) else value
+    try:
+        return of(**values)
+    except ValueError as error:
+        raise ValueError(f"{path}: {prefix}{error}") from error
+
+
+def _wrong(hint: Any, value: Any) -> str:
+    """What was expected where a value from JSON is not what a field may be; empty where it is."""
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if get_origin(hint) is Literal:
+        holds = any(value == one and isinstance(value, bool) == isinstance(one, bool) for one in get_args(hint))
+        return "" if holds else " or ".join(map(json.dumps, get_args(hint)))
+    if hint is float:
+        return "" if is_number and abs(value) <= sys.float_info.max else "a finite number"
+    if hint is int:
+        return "" if type(value) is int else "an integer"
+    if hint == tuple[int, ...]:
+        return "" if isinstance(value, list) and all(type(one) is int for one in value) else "a list of integers"
+    return ""
 
 
 def load_released(folder: str | Path, dtype: torch.dtype = torch.float32) -> Transformer:

@@ -52,6 +52,8 @@ def test_an_unknown_verb_is_met_with_the_nearest(capsys: pytest.CaptureFixture[s
             2,
             "keel: error: file = here.txt: expected a file or folder that exists\n",
         ),
+        (PermissionError(13, "no", "a"), 2, "keel: error: file = a: expected a file or folder that may be used\n"),
+        (OSError(36, "no", "aa"), 2, "keel: error: file = aa: expected a file or folder that has a shorter name\n"),
         (KeyboardInterrupt(), 130, "keel: interrupted\n"),
         (SystemExit(3), 3, ""),
         (SystemExit(), 0, ""),
@@ -69,7 +71,10 @@ def test_what_a_user_can_cause_is_one_line(
     assert capsys.readouterr().err == said
 
 
-@pytest.mark.parametrize("error", [ValueError("too many values to unpack (expected 2)"), KeyError("x"), TypeError("y")])
+BUGS = [ValueError("too many values to unpack (expected 2)"), KeyError("x"), TypeError("y"), OSError(5, "no", "a")]
+
+
+@pytest.mark.parametrize("error", BUGS)
 def test_a_bug_keeps_its_traceback(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(commands, "_dispatch", _raiser(error))
     with pytest.raises(type(error)):

@@ -5,8 +5,11 @@ one line that names the tensor or the key.
 """
 
 import json
+import math
+import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,12 +20,13 @@ from model.config import ModelConfig
 from model.count import parameters
 from model.inventory import released_tensors
 from model.logical import alias_of, locate, logical_tensors, parameter_shapes
-from model.names import NOT_ARCHITECTURE, config_from_released, load_released, tensors
+from model.names import NOT_ARCHITECTURE, config_from_keys, config_from_released, load_released, tensors
 from model.transformer import Transformer
 from tests.model.released import released_config
 from tests.oracles.cases import random_case, write_released
 
 SEEDS = (0, 1, 2)
+GOLDEN = Path(__file__).parents[1] / "golden"
 
 
 def random_config(seed: int, folder: Path) -> ModelConfig:
@@ -204,3 +208,38 @@ def test_the_released_format_needs_no_more_than_the_folder(folder: Path, tmp_pat
     copy = tmp_path / "copy"
     shutil.copytree(folder, copy)
     assert load_released(str(copy)).config == load_released(folder).config
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({"scoring_func": "sigmoid"}, "scoring_func = 'sigmoid': expected \"sqrtsoftplus\""),
+        ({"tie_word_embeddings": True}, "tie_word_embeddings = True: expected false"),
+        ({"norm_topk_prob": 1}, "norm_topk_prob = 1: expected true"),
+        ({"num_nextn_predict_layers": 2}, "num_nextn_predict_layers = 2: expected 0 or 1"),
+        ({"num_hidden_layers": 3.0}, "num_hidden_layers = 3.0: expected an integer"),
+        ({"hidden_size": True}, "hidden_size = True: expected an integer"),
+        ({"rope_theta": 10**400}, "rope_theta = 1000"),
+        ({"rope_theta": math.inf}, "rope_theta = inf: expected a finite number"),
+        ({"compress_ratios": [0, 4.0, 0]}, "compress_ratios = [0, 4.0, 0]: expected a list of integers"),
+        ({"compress_ratios": [0]}, "compress_ratios = [0]: expected "),
+        ({"rope_scaling": []}, "rope_scaling = []: expected a JSON object"),
+        (
+            {"rope_scaling": {"factor": 0.5, "original_max_position_embeddings": 8}},
+            "rope_scaling.factor = 0.5: expected",
+        ),
+        ({"rope_scaling": {"type": "linear", "factor": 2}}, "rope_scaling.type = 'linear': expected \"yarn\""),
+        ({"rope_scaling": {"factor": 2}}, "rope_scaling.original_max_position_embeddings = nothing: expected a value"),
+    ],
+)
+def test_a_config_of_another_model_is_refused_by_file_and_key(change: dict[str, Any], expected: str) -> None:
+    """What nothing else would see: a folder of the same shapes would be read as a V4 model and compute otherwise."""
+    path, raw = Path("there/config.json"), json.loads((GOLDEN / "config.json").read_text())
+    with pytest.raises(ValueError, match=re.escape(f"there/config.json: {expected}")):
+        config_from_keys(path, raw | change)
+
+
+def test_numbers_of_a_config_are_written_as_json_likes() -> None:
+    raw = json.loads((GOLDEN / "config.json").read_text()) | {"rope_theta": 10000, "attention_dropout": 0}
+    assert config_from_keys(Path("config.json"), raw).rope_theta == 10000.0
+    assert config_from_keys(Path("config.json"), raw | {"rope_scaling": None}).rope_scaling is None

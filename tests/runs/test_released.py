@@ -235,6 +235,10 @@ def test_another_runs_model_is_refused(whole: RunFolder, corpus: Path, tmp_path:
         ValueError, match=r"init.weights = .*: expected model/layers.0.ffn.experts.w1 to be \[4, 32, 16\]"
     ):
         train(config)
+    ratios = config.model.compress_ratios
+    shorter = tiny.model(num_hidden_layers=config.model.num_hidden_layers - 1, compress_ratios=(*ratios[:-2], 0))
+    with pytest.raises(ValueError, match=r"init.weights = .*: expected no model/layers\.\d\..*, the model has none"):
+        train(config_at(corpus, tmp_path, path, model=shorter))
 
 
 def test_an_export_whose_beginning_is_gone_says_so(

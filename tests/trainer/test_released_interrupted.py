@@ -4,15 +4,21 @@ import errno
 import fcntl
 import json
 import os
+import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from torch import Tensor
 
 from launch.main import main
 from tests.trainer import released_folder as made
 from tests.trainer.test_released_refused import folder, refused
+from trainer.released.layout import Slab
+from trainer.released.source import ReleasedFolder
 
 __all__ = ["folder"]
+FILE = "rank-00000.safetensors"
 
 
 def test_a_full_disk_keeps_whole_files_and_the_same_command_goes_on(
@@ -102,3 +108,73 @@ def test_two_do_not_write_one_folder(
         line = refused(["import", "released", "out"], capsys)
     assert line == "OUT = out: expected a folder that no other process is writing"
     assert sorted(os.listdir()) == [".writing-out", "released"]
+
+
+def test_a_file_that_was_broken_off_takes_no_room_from_the_same_command(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On a disk that is just large enough: what is written anew is not counted as taken."""
+    monkeypatch.chdir(folder.parent)
+    assert main(["import", "released", "whole"]) == 0
+    disk_bytes = (Path("whole") / FILE).stat().st_size
+
+    def usage(path: Path) -> SimpleNamespace:
+        return SimpleNamespace(free=disk_bytes - sum(one.stat().st_size for one in path.glob("*.safetensors")))
+
+    monkeypatch.setattr(shutil, "disk_usage", usage)
+    with monkeypatch.context() as patch:
+        left, pwrite = 20, os.pwrite
+
+        def killed(file: int, content: memoryview, start: int) -> int:
+            nonlocal left
+            left -= 1
+            if left < 0:
+                raise KeyboardInterrupt
+            return pwrite(file, content, start)
+
+        patch.setattr(os, "pwrite", killed)
+        assert main(["import", "released", "out"]) == 130
+    assert (Path(".writing-out") / FILE).stat().st_size > 0
+    capsys.readouterr()
+    assert main(["import", "released", "out"]) == 0, capsys.readouterr().err
+    assert (Path("out") / FILE).read_bytes() == (Path("whole") / FILE).read_bytes()
+
+
+def test_a_source_that_cannot_be_read_for_a_while_costs_nothing_that_is_whole(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(folder.parent)
+    monkeypatch.setattr("trainer.released.imported.FILE_BYTES", 500_000)
+    with monkeypatch.context() as patch:
+        left, read_rows = 100, ReleasedFolder.stored_rows
+
+        def gone(self: ReleasedFolder, name: str, slab: Slab) -> Tensor:
+            nonlocal left
+            left -= 1
+            if left < 0:
+                Path("released").rename("away")
+            return read_rows(self, name, slab)
+
+        patch.setattr(ReleasedFolder, "stored_rows", gone)
+        line = refused(["import", "released", "out"], capsys)
+    assert line.startswith("file = released/model-0000")
+    assert ": expected a file that can be read (No such file or directory); .writing-out keeps what is whole" in line
+    Path("away").rename("released")
+    assert main(["import", "released", "out"]) == 0
+    assert f"{FILE} is there already" in capsys.readouterr().err
+
+
+def test_a_folder_of_somebody_else_is_left_alone(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(folder.parent)
+    Path(".writing-out").mkdir()
+    Path(".writing-out/notes.txt").write_text("mine")
+    line = refused(["import", "released", "out"], capsys)
+    assert line.startswith("OUT = out: expected no unfinished folder .writing-out of something else")
+    assert Path(".writing-out/notes.txt").read_text() == "mine"
+    shutil.rmtree(".writing-out")
+    Path(".writing-out").write_text("mine")
+    line = refused(["import", "released", "out"], capsys)
+    assert line == "OUT = out: expected a disk that takes it (File exists: .writing-out)"
+    assert Path(".writing-out").read_text() == "mine"

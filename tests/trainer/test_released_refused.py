@@ -134,16 +134,59 @@ def reindex(folder: Path) -> None:
     assert where["norm.weight"] != SHARD
 
 
+def reindex_file(folder: Path, name: str) -> None:
+    """The index says `name` instead of SHARD."""
+    (folder / made.INDEX).write_text((folder / made.INDEX).read_text().replace(SHARD, name))
+
+
+def relink(folder: Path, target: str) -> None:
+    (folder / SHARD).unlink()
+    (folder / SHARD).symlink_to(target)
+
+
 FILES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "truncated": (truncate, rf"released/{SHARD} = \d+ bytes: expected a whole safetensors file"),
-    "a file missing": (lambda f: (f / SHARD).unlink(), f"released/{SHARD} = nothing: expected a file, which model.sa"),
+    "a file missing": (
+        lambda f: (f / SHARD).unlink(),
+        f"released/{SHARD} = nothing: expected a file model.*index.json",
+    ),
+    "another file name": (
+        lambda f: (f / SHARD).rename(f / "part.safetensors") and reindex_file(f, "part.safetensors"),
+        r"released/part.safetensors = another name: expected a file model\*.safetensors or weights",
+    ),
+    "a broken link": (
+        lambda f: relink(f, "nowhere"),
+        rf"released/{SHARD} = nothing: expected a whole safetensors file",
+    ),
+    "a circle of links": (
+        lambda f: relink(f, SHARD),
+        rf"released/{SHARD} = nothing: expected a whole safetensors file",
+    ),
     "no files": (lambda f: [one.unlink() for one in f.glob("*model*")], "FOLDER = released: expected model"),
     "twice": (lambda f: shutil.copy(f / SHARD, f / "model-3.safetensors"), r"model-3\.safetensors: .* = a second one"),
     "another index": (reindex, f"index.json: norm.weight = {SHARD}: expected model-00001-of-00002.saf"),
     "no index": (lambda f: (f / made.INDEX).write_text("{}"), "index.json = no index: expected a weight_map"),
+    "an empty index": (
+        lambda f: (f / made.INDEX).write_text('{"weight_map": {}}'),
+        "index.json: embed.weight = nothing",
+    ),
+    "a nested index": (lambda f: (f / made.INDEX).write_text("[" * 100_000), "index.json = no index: expected a weigh"),
     "unknown key": (edit("config.json", sliding_windw=8), "config.json: sliding_windw = 8: expected a key of ModelCo"),
-    "key missing": (edit("config.json", head_dim=None), "config.json = .*: expected the keys of a V4 model .*head_dim"),
-    "wrong value": (edit("config.json", hidden_size="8"), "config.json = .*: expected the keys of a V4 model"),
+    "key missing": (edit("config.json", head_dim=None), "config.json: head_dim = nothing: expected a value"),
+    "wrong type": (edit("config.json", hidden_size="8"), "config.json: hidden_size = '8': expected an integer"),
+    "another router": (
+        edit("config.json", scoring_func="sigmoid"),
+        'config.json: scoring_func = .*: expected "sqrtsof',
+    ),
+    "contradiction": (
+        edit("config.json", num_hidden_layers=4),
+        r"config.json: compress_ratios = \[.*: expected 5 entries",
+    ),
+    "no object": (
+        lambda f: (f / "config.json").write_text("[]"),
+        r"config.json: content = \[\]: expected a JSON object",
+    ),
+    "nested": (lambda f: (f / "config.json").write_text("[" * 100_000), "config.json = no JSON: expected an object"),
     "another model": (
         edit("config.json", hidden_size=128),
         r"embed\.weight = BF16 \[61, 160\]: expected BF16 \[61,",
@@ -181,7 +224,8 @@ def test_words_are_refused(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys
         "export import o --step 3": "--step = 3: expected none beside a checkpoint's own folder",
         "export import o --like nowhere": "FOLDER = nowhere: expected a model's folder with a config.json",
         "export import o --like released": "--like: rope_theta = 2.0: expected 10000.0, as the exported model has it",
-        "export released o": "RUN = released: expected the folder of a run or its name (runs/ has none yet)",
+        "export released o": "SOURCE = released: expected a run, a checkpoint or an import; keel import makes it one",
+        "export nowhere o": "RUN = nowhere: expected the folder of a run or its name (runs/ has none yet)",
     }.items():
         assert refused(words.split(), capsys) == expected
     assert sorted(os.listdir()) == ["import", "released"]

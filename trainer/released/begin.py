@@ -8,7 +8,8 @@ import torch
 
 from model import names
 from model.config import InitConfig
-from model.logical import parameter_shapes
+from model.inventory import released_tensors
+from model.logical import locate, parameter_shapes
 from model.transformer import Transformer
 from trainer.manifest import COMMIT, CheckpointError
 from trainer.reader import Reader
@@ -39,6 +40,9 @@ def begin(model: Transformer, path: str) -> None:
     reader = _open(path)
     _require_same_model(model, path, reader)
     shapes, saved = parameter_shapes(model.config), reader.manifest.tensors
+    known = {f"model/{locate(spec.name).parameter}" for spec in released_tensors(model.config, experts=1)}
+    for name in sorted(name for name in saved.keys() - known if name.startswith("model/")):
+        raise ValueError(f"{KEY} = {path}: expected no {name}, the model has none")
     with torch.no_grad():
         for name, tensor in names.tensors(model).items():
             source = f"optimizer/master/{name}" if f"optimizer/master/{name}" in saved else f"model/{name}"
@@ -69,7 +73,7 @@ def _require_same_model(model: Transformer, path: str, reader: Reader) -> None:
     about = reader.state.get(KIND)
     if about is None:
         return
-    _, other = parse_config(Path(path) / "config.json", about["config"])
+    other = parse_config(Path(path) / "config.json", about["config"])
     key = first_difference(model.config, other)
     if key is not None:
         mine, theirs = getattr(model.config, key), getattr(other, key)

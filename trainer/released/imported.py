@@ -152,7 +152,3 @@ def _manifest(folder: ReleasedFolder, rows: list[Row], done: job.Done) -> Manife
         },
         state={KIND: {"format": folder.variant, "config": folder.text}},
     )
-
-
-def _first_row(piece: PieceEntry) -> int:
-    return piece.start_row

@@ -4,8 +4,9 @@
     .writing-NAME/...              the files
     NAME/                          the same folder, renamed when it is whole
 
-A file with a line in the journal is verified and not written again; any other is written anew. What is wrong with the
-source removes the unfinished folder; a full disk, Ctrl-C or a kill leave it for the same command to go on with.
+A file with a line in the journal is verified and not written again; any other is removed and written anew. What is
+wrong with the source removes the unfinished folder; a full disk, a source that cannot be read, Ctrl-C or a kill leave
+it for the same command to go on with.
 """
 
 import fcntl
@@ -73,7 +74,8 @@ def make(
     """Make the folder `out` of these files, then let `finish` add the small ones.
 
     what: all that decides the content, as JSON; another `what` does not go on with an unfinished folder. Raises
-    ValueError where `out` is there, an unfinished folder is of something else or in use, or the disk is full.
+    ValueError where `out` is there, an unfinished folder is of something else or in use, the disk is full or a source
+    cannot be read.
     """
     if out.exists() or out.is_symlink():
         raise ValueError(f"OUT = {out}: expected a folder that does not exist yet")
@@ -84,23 +86,29 @@ def make(
             done = _files(working, what, files, say, out)
             finish(working, done)
             durable.sync(working)
-            (working / JOURNAL).unlink()
             working.rename(out)
+            (out / JOURNAL).unlink()
             durable.sync(out.parent)
             return done
     except OSError as error:
-        if error.filename is not None and not Path(error.filename).is_relative_to(out.parent):
-            raise
         kept = f"; {working} keeps what is whole, the same command goes on with it"
         if {path.name for path in working.glob("*")} <= {JOURNAL}:
             shutil.rmtree(working, ignore_errors=True)
             kept = ""
-        raise ValueError(f"OUT = {out}: expected a disk that takes it ({error.strerror or error}){kept}") from error
+        raise ValueError(f"{_what_failed(error, working, out)}{kept}") from error
     except _OtherError as error:
         raise ValueError(str(error)) from None
     except (ValueError, CheckpointError):
         shutil.rmtree(working, ignore_errors=True)
         raise
+
+
+def _what_failed(error: OSError, working: Path, out: Path) -> str:
+    """Whether it was a file of ours or one of the source; a write that fails names none."""
+    reason, path = error.strerror or str(error), error.filename and Path(error.filename)
+    if path and not path.is_relative_to(working) and not out.is_relative_to(path):
+        return f"file = {path}: expected a file that can be read ({reason})"
+    return f"OUT = {out}: expected a disk that takes it ({reason}{f': {path}' if path else ''})"
 
 
 class _OtherError(Exception):
@@ -118,11 +126,14 @@ def _locked(path: Path, out: Path) -> Iterator[None]:
 
 
 def _files(working: Path, what: Mapping[str, Any], files: Mapping[str, Sequence[Item]], say: Say, out: Path) -> Done:
-    lines = journal.read(working / JOURNAL)
-    if lines and lines[0] != {"what": what}:
+    lines, there = journal.read(working / JOURNAL), [path for path in working.iterdir() if path.name != JOURNAL]
+    if lines[:1] != [{"what": what}] and (lines or there):
         other = f"expected no unfinished folder {working} of something else; delete it, or give its words again"
         raise _OtherError(f"OUT = {out}: {other}")
     before = {line["file"]["name"]: line for line in lines[1:]}
+    for path in there:
+        if path.name not in before:
+            path.unlink()
     total = sum(item.size_bytes for items in files.values() for item in items)
     _require_room(working, total - sum(line["file"]["size_bytes"] for line in before.values()), out)
     log, done, progress = Journal(working / JOURNAL), list[WrittenFile](), _Progress(total, say)
@@ -130,6 +141,7 @@ def _files(working: Path, what: Mapping[str, Any], files: Mapping[str, Sequence[
     try:
         if not lines:
             log.append({"what": what})
+            log.sync()
         for name, items in files.items():
             size = sum(item.size_bytes for item in items)
             line = before.get(name)

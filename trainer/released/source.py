@@ -10,7 +10,6 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -53,12 +52,12 @@ class Place:
 
 
 class ReleasedFolder:
-    """The folder at `path`. variant: how it stores its tensors. raw, text: its config.json."""
+    """The folder at `path`. variant: how it stores its tensors. text, config: its config.json."""
 
     def __init__(self, path: Path) -> None:
         """Raises ValueError unless names, shapes and types of all tensors are those of config.json's model."""
         self.path = path
-        self.text, self.raw, self.config = read_config(path)
+        self.text, self.config = read_config(path)
         self._places = _places(path)
         found = variant_of(self.config, {name: place.dtype for name, place in self._places.items()})
         self.variant: Variant = found or "released"  # where there is no expert, that is what the check will say
@@ -111,15 +110,19 @@ class ReleasedFolder:
         return exponents_of(raw)
 
     def stored_rows(self, name: str, slab: Slab) -> Tensor:
-        """Rows of what is stored under a name; codes and scales of E8M0 as uint8."""
+        """Rows of what is stored under a name; codes and scales of E8M0 as uint8. OSError names the file."""
         place = self._places[name]
         dtype, shape = TYPES[place.dtype], (slab.stop - slab.start, *place.shape[1:])
         row_bytes = math.prod(place.shape[1:]) * dtype.itemsize
         content = np.empty(math.prod(shape) * dtype.itemsize, dtype=np.uint8)
-        with place.file.open("rb") as file:
-            file.seek(place.start + slab.start * row_bytes)
-            if file.readinto(content.data) != content.nbytes:
-                raise ValueError(f"{place.file} = a shorter file: expected all bytes of {name}")
+        try:
+            with place.file.open("rb") as file:
+                file.seek(place.start + slab.start * row_bytes)
+                found = file.readinto(content.data)
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(place.file)) from error
+        if found != content.nbytes:
+            raise ValueError(f"{place.file} = a shorter file: expected all bytes of {name}")
         return torch.from_numpy(content).view(dtype).view(shape)
 
     def _finite(self, spec: TensorSpec, values: Tensor, slab: Slab) -> Tensor:
@@ -159,8 +162,8 @@ class ReleasedFolder:
             raise ValueError(f"{found}: expected no such tensor for this {CONFIG} in format {self.variant}")
 
 
-def read_config(path: Path) -> tuple[str, dict[str, Any], ModelConfig]:
-    """The config.json of a folder: its text, its keys, the model. Raises ValueError naming file or key."""
+def read_config(path: Path) -> tuple[str, ModelConfig]:
+    """The config.json of a folder: its text and the model. Raises ValueError naming file or key."""
     file = path / CONFIG
     if not file.is_file():
         raise ValueError(f"FOLDER = {path}: expected a model's folder with a {CONFIG}")
@@ -168,19 +171,16 @@ def read_config(path: Path) -> tuple[str, dict[str, Any], ModelConfig]:
         text = file.read_text(encoding="utf-8")
     except ValueError as error:
         raise ValueError(f"{file} = no text: expected JSON ({error})") from error
-    return text, *parse_config(file, text)
+    return text, parse_config(file, text)
 
 
-def parse_config(file: Path, text: str) -> tuple[dict[str, Any], ModelConfig]:
-    """The keys and the model of the text of a config.json. Raises ValueError naming file or key."""
+def parse_config(file: Path, text: str) -> ModelConfig:
+    """The model of the text of a config.json. Raises ValueError naming file or key."""
     try:
         raw = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{file} = no JSON: expected an object ({error})") from error
-    try:
-        return raw, config_from_keys(file, raw)
-    except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{file} = an incomplete or wrong model: expected the keys of a V4 model ({error})") from error
+    return config_from_keys(file, raw)
 
 
 def exponents_of(scales: Tensor) -> Tensor:
@@ -194,8 +194,10 @@ def _places(path: Path) -> dict[str, Place]:
     """By name, where each stored tensor is; the index, where there is one, must say the same."""
     files = [one for one in sorted(path.glob("*.safetensors")) if one.name.startswith(("weights", "model"))]
     index = _index(path)
-    for name in sorted(set(index.values()) - {file.name for file in files}):
-        raise ValueError(f"{path / name} = nothing: expected a file, which {INDEX} names")
+    for name in sorted(set((index or {}).values()) - {file.name for file in files}):
+        found = "another name" if (path / name).exists() else "nothing"
+        expected = f"a file model*.safetensors or weights*.safetensors, which {INDEX} names"
+        raise ValueError(f"{path / name} = {found}: expected {expected}")
     if not files:
         raise ValueError(f"FOLDER = {path}: expected model*.safetensors or weights*.safetensors in it")
     places: dict[str, Place] = {}
@@ -206,7 +208,9 @@ def _places(path: Path) -> dict[str, Place]:
                     f"{file}: {name} = a second one: expected one, there is one in {places[name].file.name}"
                 )
             places[name] = place
-    for name in sorted(places.keys() ^ index.keys()) if index else ():
+    if index is None:
+        return places
+    for name in sorted(places.keys() ^ index.keys()):
         there = places[name].file.name if name in places else "nothing"
         raise ValueError(
             f"{path / INDEX}: {name} = {index.get(name, 'nothing')}: expected {there}, as the files have it"
@@ -217,25 +221,25 @@ def _places(path: Path) -> dict[str, Place]:
     return places
 
 
-def _index(path: Path) -> dict[str, str]:
-    if not (path / INDEX).is_file():
-        return {}
+def _index(path: Path) -> dict[str, str] | None:
+    if not (path / INDEX).exists():
+        return None
     try:
         return {str(name): str(file) for name, file in json.loads((path / INDEX).read_bytes())["weight_map"].items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OSError) as error:
         raise ValueError(f"{path / INDEX} = no index: expected a weight_map of names to files ({error})") from error
 
 
 def _header(path: Path) -> Iterator[tuple[str, Place]]:
     try:
-        with safe_open(path, framework="np"):  # refuses what is truncated, overlaps or has bytes of no tensor
-            pass
         with path.open("rb") as file:
+            with safe_open(path, framework="np"):  # refuses what is truncated, overlaps or has bytes of no tensor
+                pass
             length = int.from_bytes(file.read(8), "little")
             header = json.loads(file.read(length))
     except (SafetensorError, OSError) as error:
-        size = path.stat().st_size
-        raise ValueError(f"{path} = {size} bytes: expected a whole safetensors file ({error})") from error
+        found = f"{path.stat().st_size} bytes" if path.exists() else "nothing"
+        raise ValueError(f"{path} = {found}: expected a whole safetensors file ({error})") from error
     for name, entry in header.items():
         if name != "__metadata__":
             start = 8 + length + entry["data_offsets"][0]

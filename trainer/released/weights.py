@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -20,12 +20,12 @@ from trainer.released.source import FORMATS, ReleasedFolder, exponents_of, parse
 class Kept(Protocol):
     """Where scales come from that a tensor was once stored by: an import, or a released folder.
 
-    text, raw: its config.json.
+    text, config: its config.json.
     """
 
     variant: Variant
     text: str
-    raw: dict[str, Any]
+    config: ModelConfig
 
     @property
     def fingerprint(self) -> str:
@@ -42,7 +42,7 @@ class Kept(Protocol):
 
 
 class Imported:
-    """What `run_import` made. text: the config.json it came with."""
+    """What `run_import` made. text, config: the config.json it came with."""
 
     def __init__(self, reader: Reader) -> None:
         """Raises ValueError where the checkpoint is no import."""
@@ -52,7 +52,7 @@ class Imported:
         self._reader = reader
         self.variant: Variant = about["format"]
         self.text = about["config"]
-        self.raw, self.config = parse_config(reader.path / "config.json", self.text)
+        self.config = parse_config(reader.path / "config.json", self.text)
 
     @property
     def fingerprint(self) -> str:
