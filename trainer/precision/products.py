@@ -24,6 +24,8 @@ Multiply = Callable[[Sequence[tuple[Operand, Operand]], torch.dtype], Sequence[T
 """a b^T of each pair in fp32 or bf16; a's blocks are 1x128, b's 1x128 or 128x128, or all are 1x32."""
 DTYPES = (torch.float32, torch.bfloat16)
 KEPT = ("codes", "exponents")
+NOTED = 1 << 24
+"""Numbers that notes are taken of at a time: in fp64, of a long row's whole channels, they would not fit beside it."""
 
 
 def linear(multiply: Multiply, formats: Formats, watch: Watch) -> Linear:
@@ -129,6 +131,9 @@ def _floor(format: Format | None) -> float:
 
 
 def _note(watch: Watch, operand: str, x: Tensor, format: Format | None) -> None:
-    if watch.on and format is not None:
-        coded = encode(x, format)
-        watch.note(operand, x, decode(coded, format, x.dtype), coded)
+    """Notes of x [P, C] by parts of whole blocks along P, or of x [E, ...] by parts of whole matrices."""
+    if watch.on and format is not None and x.numel():
+        side = format.block[0] if x.dim() == 2 else 1
+        for part in x.split(side * max(NOTED // (side * x[0].numel()), 1)):
+            coded = encode(part, format)
+            watch.note(operand, part, decode(coded, format, x.dtype), coded)

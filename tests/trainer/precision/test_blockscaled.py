@@ -14,9 +14,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from tests.trainer.precision.hopper import FP8, FP8_FP4, on_hopper, operands, scaled_mm
-from trainer.precision import backends, blockscaled, layouts
+from trainer.precision import backends, blockscaled, layouts, products
 from trainer.precision.elements import E2M1_1X32, E4M3_128X128
-from trainer.precision.health import Watch, seen
+from trainer.precision.health import Watch, seen, together
 from trainer.precision.operands import WeightCodes
 
 LIMITS = {torch.float32: 1e-6, torch.bfloat16: 2**-8}
@@ -131,6 +131,23 @@ def test_notes_are_those_of_the_emulated_back_end(counts: list[int]) -> None:
         notes.append(seen(watch.notes))
     assert notes[0].keys() == {"input", "grad", "wgrad_grad"}
     assert notes[0] == notes[1]
+
+
+def test_notes_of_parts_are_together_those_of_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Parts are of whole blocks, also along tokens."""
+    given, notes = operands([300], 200, 72, torch.float32), []
+    for most in (1 << 24, 130 * 200):
+        monkeypatch.setattr(products, "NOTED", most)
+        watch = Watch()
+        watch.on = True
+        three(lambda x, w, watch=watch: TORCH.linear(FP8, watch)(x, w.squeeze(0)), **given)
+        notes.append(seen(watch.notes))
+    whole, parts = notes
+    assert {operand: len(of) for operand, of in parts.items()} == {"input": 3, "grad": 1, "wgrad_grad": 2}
+    for operand, (one,) in whole.items():
+        many = together(parts[operand])
+        assert (many.size, many.lost, many.poisoned, many.amax) == (one.size, one.lost, one.poisoned, one.amax)
+        assert (many.error, many.square) == pytest.approx((one.error, one.square), rel=1e-13)
 
 
 def test_weights_are_encoded_once_for_each_of_their_versions(monkeypatch: pytest.MonkeyPatch) -> None:
