@@ -61,7 +61,7 @@ def decode(coded: Coded, format: Format, dtype: torch.dtype = torch.float32) -> 
     """
     exact = dtype if dtype == torch.bfloat16 else torch.float32
     table = _table(format.element, exact, coded.codes.device)
-    flat = table.index_select(0, coded.codes.flatten().long()).view(coded.codes.shape)
+    flat = table.index_select(0, coded.codes.flatten().int()).view(coded.codes.shape)
     return _scaled(flat, scales(coded.exponents).to(exact), format.block).to(dtype)
 
 
