@@ -5,7 +5,8 @@ copies of what enters islands.
 """
 
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from model.config import CSA_RATIO, AttentionMode, ModelConfig
 
@@ -35,11 +36,49 @@ def widths(element_bytes: int) -> Widths:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Copy:
+    """What a product keeps of its input in place of the input: so many bytes for a number, and one for each block.
+
+    block: rows x columns with a scale, None: no scales. side: the rows that one matrix multiplies are filled up to a
+    multiple of it, by an index that is kept whatever is computed again; filled: what is kept is so, too.
+    """
+
+    number_bytes: int
+    block: tuple[int, int] | None
+    side: int = 1
+    filled: bool = False
+
+    def size(self, rows: int, columns: int, matrices: int) -> int:
+        """Bytes of rows [rows, columns] that so many matrices share out; of several, for the shares that take most."""
+        kept = self._most(rows, matrices) if self.filled else rows
+        scales = -(-kept // self.block[0]) * -(-columns // self.block[1]) if self.block else 0
+        return kept * columns * self.number_bytes + scales
+
+    def index_bytes(self, rows: int, matrices: int) -> int:
+        """Of where each row goes."""
+        return rows * INDEX_BYTES if self._most(rows, matrices) > rows else 0
+
+    def _most(self, rows: int, matrices: int) -> int:
+        return (rows + min(rows, matrices) * (self.side - 1)) // self.side * self.side
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Inputs:
+    """How products keep their inputs: copies, by parameter; without one the input itself, which several can share.
+
+    matrices: of a layer's w1, that share out the token-expert pairs of a row; 0: one for each routed expert.
+    """
+
+    copies: Mapping[str, Copy] = field(default_factory=dict)
+    matrices: int = 0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Row:
     """What is the same for all layers of a branch: T tokens, attention mode, parts that are computed again.
 
     layers: those of the model that the row passes. apart: parts of the token-expert pairs of which one at a time passes
-    through the experts.
+    through the experts. inputs: of the products.
     """
 
     config: ModelConfig
@@ -49,21 +88,80 @@ class Row:
     again: frozenset[str]
     width: Widths
     apart: int
+    inputs: Inputs
+
+    @property
+    def pairs(self) -> int:
+        """Of tokens and experts."""
+        return self.T * self.config.num_experts_per_tok
+
+    @property
+    def matrices(self) -> int:
+        """Of a layer's w1 that share them out."""
+        return self.inputs.matrices or self.config.n_routed_experts
 
 
-def attention(row: Row, ratio: int) -> Counter[str]:
+def copied(row: Row, rows: int, columns: int, *names: str, matrices: int = 1) -> int:
+    """Bytes of the copies that the products with these parameters keep of their input [rows, columns]."""
+    copies = row.inputs.copies
+    return sum(copies[name].size(rows, columns, matrices) for name in names if name in copies)
+
+
+def indices(row: Row, rows: int, *names: str, matrices: int = 1) -> int:
+    """Bytes of where the rows of an input go in the products with these parameters."""
+    copies = row.inputs.copies
+    return sum(copies[name].index_bytes(rows, matrices) for name in names if name in copies)
+
+
+def keeps_itself(row: Row, *names: str) -> bool:
+    """Whether one of the products with these parameters keeps the input itself."""
+    return any(name not in row.inputs.copies for name in names)
+
+
+def taken(row: Row, rows: int, columns: int, *names: str, matrices: int = 1) -> int:
+    """Bytes of an input that nobody keeps but the products with these parameters: copies, and itself once if asked."""
+    itself = rows * columns * row.width.model if keeps_itself(row, *names) else 0
+    return itself + copied(row, rows, columns, *names, matrices=matrices)
+
+
+def attention(row: Row, ratio: int, name: str) -> Counter[str]:
     """From h to y, both apart: latent, queries, keys and outputs, each before and after what follows it."""
-    config, width = row.config, row.width
+    config, width, T = row.config, row.width, row.T
     H, C, Q, R = config.num_attention_heads, config.head_dim, config.q_lora_rank, config.qk_rope_head_dim
-    numbers = 2 * Q + 4 * H * C + 2 * C + config.o_groups * config.o_lora_rank
+    G, learns = config.o_groups, has_indexer(row, ratio)
+    numbers = Q + 3 * H * C + 2 * C
     # Inverse RMS of the latent, of each head, of the keys; log denominators; sines of the way back.
     island = 1 + H + 1 + H + R // 2
-    kept = Counter(attention=row.T * (numbers * width.model + island * width.island))
+    latent = (f"{name}wq_b.weight", *([f"{name}indexer.wq_b.weight"] if learns else []))
+    products = G * taken(row, T, H * C // G, f"{name}wo_a.weight")
+    products += taken(row, T, G * config.o_lora_rank, f"{name}wo_b.weight") + taken(row, T, Q, *latent)
+    products += copied(row, T, config.hidden_size, f"{name}wq_a.weight", f"{name}wkv.weight")
+    kept = Counter(attention=T * (numbers * width.model + island * width.island) + products)
     if ratio:
         kept["compressor"] += _compressor(row, C, ratio, detached=False)
-    if ratio == CSA_RATIO and row.mode != "dense":
+    if learns:
         kept["indexer"] += _indexer(row)
     return kept
+
+
+def attention_indices(row: Row, ratio: int, name: str) -> Counter[str]:
+    """Of all its products."""
+    products = indices(row, row.T, *(f"{name}{one}.weight" for one in ("wq_a", "wq_b", "wkv", "wo_b")))
+    products += row.config.o_groups * indices(row, row.T, f"{name}wo_a.weight")
+    products += indices(row, row.T, f"{name}indexer.wq_b.weight") if has_indexer(row, ratio) else 0
+    return Counter(attention=products)
+
+
+def has_indexer(row: Row, ratio: int) -> bool:
+    """Whether the layers of this ratio use one."""
+    return ratio == CSA_RATIO and row.mode != "dense"
+
+
+def attention_takes(row: Row, ratio: int, name: str) -> bool:
+    """Whether attention keeps h itself; a compressor does unless it promotes it."""
+    names = [f"{name}wq_a.weight", f"{name}wkv.weight"]
+    names += [f"{name}compressor.wkv.weight"] if ratio and not row.width.copy else []
+    return keeps_itself(row, *names, *([f"{name}indexer.weights_proj.weight"] if has_indexer(row, ratio) else []))
 
 
 def _compressor(row: Row, channels: int, ratio: int, *, detached: bool) -> int:
@@ -90,7 +188,7 @@ def _indexer(row: Row) -> int:
     return queries + keys + row.T * (MASK_BYTES + selected * INDEX_BYTES)
 
 
-def experts(row: Row, *, hashed: bool) -> Counter[str]:
+def experts(row: Row, name: str, *, hashed: bool) -> Counter[str]:
     """From h to y, both apart: router, token-expert pairs, gate, up and inner of routed and shared experts."""
     config, T, width = row.config, row.T, row.width
     D, F = config.hidden_size, config.moe_intermediate_size
@@ -99,8 +197,39 @@ def experts(row: Row, *, hashed: bool) -> Counter[str]:
     router = (T + E) * D * width.copy + T * ((3 * E + K + 1) * width.island + K * INDEX_BYTES)
     if not hashed:
         router += T * ((1 + E) * width.island + MASK_BYTES)
-    pairs = T * K * ((D + 3 * F) * width.model + width.island + 2 * INDEX_BYTES)
-    return Counter(router=router, experts=pairs, shared_experts=3 * T * F * width.model)
+    pairs = row.pairs * (2 * F * width.model + width.island + 2 * INDEX_BYTES)
+    pairs += taken(row, row.pairs, D, *upward(f"{name}experts."), matrices=row.matrices)
+    shared = 2 * T * F * width.model + copied(row, T, D, *upward(f"{name}shared_experts.", ".weight"))
+    return Counter(router=router, experts=pairs, shared_experts=shared) + inner(row, name)
+
+
+def inner(row: Row, name: str) -> Counter[str]:
+    """What the last products of routed and shared experts keep."""
+    F = row.config.moe_intermediate_size
+    return Counter(
+        experts=taken(row, row.pairs, F, f"{name}experts.w2", matrices=row.matrices),
+        shared_experts=taken(row, row.T, F, f"{name}shared_experts.w2.weight"),
+    )
+
+
+def experts_indices(row: Row, name: str) -> Counter[str]:
+    """Of all their products."""
+    kinds = ("w1", "w3", "w2")
+    return Counter(
+        experts=indices(row, row.pairs, *(f"{name}experts.{kind}" for kind in kinds), matrices=row.matrices),
+        shared_experts=indices(row, row.T, *(f"{name}shared_experts.{kind}.weight" for kind in kinds)),
+    )
+
+
+def experts_take(row: Row, name: str) -> bool:
+    """Whether router or shared expert keep h itself; the router does unless it promotes it."""
+    names = upward(f"{name}shared_experts.", ".weight")
+    return keeps_itself(row, *names, *([] if row.width.copy else [f"{name}gate.weight"]))
+
+
+def upward(name: str, end: str = "") -> tuple[str, str]:
+    """The parameters of an expert that take a token."""
+    return f"{name}w1{end}", f"{name}w3{end}"
 
 
 def loss(row: Row) -> Counter[str]:
@@ -139,22 +268,23 @@ def places(row: Row, ratios: frozenset[int]) -> Counter[str]:
 
 
 def warmup(row: Row) -> Counter[str]:
-    """Only indexers learn: their own tensors, the inputs they share with attention, and what they are to predict.
+    """Only indexers learn: their own tensors, h and latent, and what they are to predict.
 
     The results of both branches are held until the row is done.
     """
     config, T, width = row.config, row.T, row.width
     H, C, D, Q = config.num_attention_heads, config.head_dim, config.hidden_size, config.q_lora_rank
-    inputs = T * (D + Q) * width.model
     target = T * H * (C * width.model + width.island) + T // CSA_RATIO * C * width.model
-    indexer = inputs + target + _indexer(row)
+    own = T * D * width.model + target + _indexer(row)
+    having = [layer for layer in row.layers if config.attention_ratios[layer] == CSA_RATIO]
+    latents = (taken(row, T, Q, f"layers.{layer}.attn.indexer.wq_b.weight") for layer in having)
+    indexers = len(having) * own + sum(latents)
     if "attention" in row.again:
-        indexer = T * D * width.model
+        indexers = len(having) * T * D * width.model
     if "block" in row.again:
-        indexer = T * config.hc_mult * D * width.model
-    layers = config.attention_ratios[row.layers.start : row.layers.stop]
+        indexers = len(having) * T * config.hc_mult * D * width.model
     is_last = row.layers.stop == config.num_hidden_layers
     branches = config.num_nextn_predict_layers if is_last else 0
     results = Counter(streams=(T * is_last + branches * (T - 1)) * D * width.model)
-    loads = Counter(router=(len(layers) + branches) * config.n_routed_experts * INDEX_BYTES)
-    return results + loads + places(row, frozenset({CSA_RATIO})) + Counter(indexer=layers.count(CSA_RATIO) * indexer)
+    loads = Counter(router=(len(row.layers) + branches) * config.n_routed_experts * INDEX_BYTES)
+    return results + loads + places(row, frozenset({CSA_RATIO})) + Counter(indexer=indexers)

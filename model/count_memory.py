@@ -13,17 +13,28 @@ from model.config import AttentionMode, ModelConfig
 from model.count_kept import (
     INDEX_BYTES,
     MASK_BYTES,
+    Inputs,
     Row,
     attention,
+    attention_indices,
+    attention_takes,
+    copied,
     end,
     experts,
+    experts_indices,
+    experts_take,
+    indices,
+    inner,
     logits,
     loss,
     places,
+    taken,
+    upward,
     warmup,
     widths,
 )
 
+PLAIN = Inputs()
 PARTS = (
     "places", "streams", "attention", "compressor", "indexer", "router", "experts", "shared_experts", "loss",
 )  # fmt: skip
@@ -46,15 +57,21 @@ class Phase:
 
 
 def kept_bytes(
-    config: ModelConfig, row_length: int, mode: AttentionMode, recompute: Collection[str], element_bytes: int
+    config: ModelConfig,
+    row_length: int,
+    mode: AttentionMode,
+    recompute: Collection[str],
+    element_bytes: int,
+    inputs: Inputs = PLAIN,
 ) -> dict[str, int]:
     """Bytes kept at the end of the forward pass, losses included, of a row of one document or many.
 
-    recompute: as in TrainConfig. element_bytes: of the model's type. Not counted: parameters and the row's own ids. In
-    the indexer's warm-up all else is frozen and keeps nothing. loss: gradients of both heads, made with the logits.
+    recompute: as in TrainConfig. element_bytes: of the model's type. inputs: what products keep of theirs. Not counted:
+    parameters and the row's own ids. In the indexer's warm-up all else is frozen and keeps nothing. loss: gradients of
+    both heads, made with the logits.
     """
     kept = Counter[str]()
-    for phase in phases(config, row_length, mode, recompute, element_bytes):
+    for phase in phases(config, row_length, mode, recompute, element_bytes, inputs):
         kept += phase.kept
     return {part: kept[part] for part in PARTS if part in kept}
 
@@ -65,6 +82,7 @@ def phases(
     mode: AttentionMode,
     recompute: Collection[str],
     width: int,
+    inputs: Inputs = PLAIN,
     *,
     apart: int = 1,
     layers: range | None = None,
@@ -75,7 +93,16 @@ def phases(
     layers: the only ones that the row passes, default all; what is behind the last one comes with it.
     """
     layers, again = layers or range(config.num_hidden_layers), frozenset(recompute)
-    row = Row(config=config, layers=layers, T=row_length, mode=mode, again=again, width=widths(width), apart=apart)
+    row = Row(
+        config=config,
+        layers=layers,
+        T=row_length,
+        mode=mode,
+        again=again,
+        width=widths(width),
+        apart=apart,
+        inputs=inputs,
+    )
     if mode == "indexer_warmup":
         return [Phase(trains=("",), kept=warmup(row))]
     found = _ends(row) if layers.stop == config.num_hidden_layers else []
@@ -98,11 +125,15 @@ def _ends(row: Row) -> list[Phase]:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Step:
-    """A stretch of a block's backward pass. outside: kept around a part of the block; inside: in it, if it is kept."""
+    """A stretch of a block's backward pass. outside: kept around a part of the block; inside: in it, if it is kept.
+
+    always: in it, whatever is computed again.
+    """
 
     part: str
     outside: Counter[str]
     inside: Counter[str]
+    always: Counter[str]
     phase: Phase
 
 
@@ -123,46 +154,57 @@ def _layer(row: Row, name: str, ratio: int, *, hashed: bool) -> list[Phase]:
             kept, again = step.outside + step.inside, 0
         if step is steps[-1]:
             kept = kept + loads + (streams if "block" in row.again else Counter())
-        found.append(replace(step.phase, kept=kept, again=again))
+        found.append(replace(step.phase, kept=kept + step.always, again=again))
     return found
 
 
 def _steps(row: Row, name: str, ratio: int, *, hashed: bool) -> tuple[_Step, _Step, _Step]:
     """Down to the experts' inner numbers, up to the site between, attention with the site before.
 
-    A site keeps its streams; product and inverse RMS, post and comb; u, its norm's inverse, h; apart: the output y.
+    A site keeps its streams; product and inverse RMS, post and comb; u, its norm's inverse; apart: the output y; h, if
+    the part is computed again from it or a product keeps it.
     Working: gradients of streams and h; of SwiGLU nine tensors in at least fp32, copies, and its own gradient.
     """
     config, width, T = row.config, row.width, row.T
     D, N, F = config.hidden_size, config.hc_mult, config.moe_intermediate_size
     y = T * D * width.model
     mixes = ((2 + N) * N + 1 + N + N * N) * width.island
-    site = N * y + T * (mixes + width.island) + 2 * y
-    pairs = T * config.num_experts_per_tok
-    all_inside, down = experts(row, hashed=hashed), Counter(shared_experts=3 * T * F * width.model)
-    down["experts"] = pairs * F * width.model
+    site = N * y + T * (mixes + width.island) + y
+    pairs, ffn, attn = row.pairs, f"{name}ffn.", f"{name}attn."
+    all_inside, down = experts(row, ffn, hashed=hashed), inner(row, ffn)
+    down["shared_experts"] = all_inside["shared_experts"]
+    h_ffn = y if "experts" in row.again or experts_take(row, ffn) else 0
+    h_attn = y if "attention" in row.again or attention_takes(row, ratio, attn) else 0
     flow = 2 * (N + 1) * y
     swiglu = pairs * F // row.apart * (8 * width.island + 3 * width.copy + width.model + MASK_BYTES)
-    # Of the other rows: inner numbers before they pass; then gradients of what came in, gate and up gone.
+    # Of the other rows: inner numbers before they pass; then gradients of what came in; gate, up and copies are gone.
     others = pairs * width.model * (row.apart - 1) // row.apart
-    ffn, attn = f"{name}ffn.", f"{name}attn"
+    gone = copied(row, pairs, D, *upward(f"{ffn}experts."), matrices=row.matrices) * (row.apart - 1) // row.apart
     start = (f"{ffn}shared_experts.", f"{ffn}experts.w2")
     after = (f"{ffn}experts.w1", f"{ffn}experts.w3", f"{ffn}gate.", f"{name}ffn_norm.", f"{name}hc_ffn_")
-    before = (f"{attn}.", f"{attn}_norm.", f"{name}hc_attn_")
+    before = (attn, f"{name}attn_norm.", f"{name}hc_attn_")
     none = Counter[str]()
-    upper = Phase(trains=after, kept=none, working=flow + swiglu, first=others * F, last=others * (D - 2 * F))
+    upper = Phase(trains=after, kept=none, working=flow + swiglu, first=others * F, last=others * (D - 2 * F) - gone)
     return (
         _Step(
             part="experts",
             outside=Counter(streams=y),
             inside=down,
+            always=experts_indices(row, ffn),
             phase=Phase(trains=start, kept=none, working=flow),
         ),
-        _Step(part="experts", outside=Counter(streams=site), inside=all_inside - down, phase=upper),
+        _Step(
+            part="experts",
+            outside=Counter(streams=site + h_ffn),
+            inside=all_inside - down,
+            always=none,
+            phase=upper,
+        ),
         _Step(
             part="attention",
-            outside=Counter(streams=site + y),
-            inside=attention(row, ratio),
+            outside=Counter(streams=site + h_attn + y),
+            inside=attention(row, ratio, attn),
+            always=attention_indices(row, ratio, attn),
             phase=Phase(trains=before, kept=none, working=flow),
         ),
     )
@@ -170,14 +212,16 @@ def _steps(row: Row, name: str, ratio: int, *, hashed: bool) -> tuple[_Step, _St
 
 def _mtp(row: Row) -> list[Phase]:
     """The MTP branch: its end, a block of window attention, embedding and streams with their norms."""
-    D, N, width = row.config.hidden_size, row.config.hc_mult, row.width
-    inputs = (2 * D + N * D) * width.model + (1 + N) * width.island + INDEX_BYTES
+    D, N, width, T = row.config.hidden_size, row.config.hc_mult, row.width, row.T
     name = "mtp.0."
+    inputs = T * (D * width.model + (1 + N) * width.island + INDEX_BYTES)
+    for rows, projection in ((T, f"{name}e_proj.weight"), (T * N, f"{name}h_proj.weight")):
+        inputs += taken(row, rows, D, projection) + indices(row, rows, projection)
     return [
         Phase(trains=(f"{name}hc_head_", f"{name}norm."), kept=end(row, streams_kept=False)),
         *_layer(row, name, 0, hashed=False),
         Phase(
             trains=tuple(f"{name}{part}." for part in ("embed", "e_proj", "h_proj", "enorm", "hnorm")),
-            kept=Counter(streams=row.T * inputs) + places(row, frozenset({0})),
+            kept=Counter(streams=inputs) + places(row, frozenset({0})),
         ),
     ]

@@ -17,6 +17,7 @@ from model.inventory import TensorSpec, file_tensors, released_tensors
 from trainer import schedule
 from trainer.config import TrainConfig
 from trainer.parallel.simulate import Profile
+from trainer.plan_codes import note
 from trainer.plan_memory import DTYPE_BYTES
 from trainer.plan_parallel import Layout, layout
 from trainer.precision.config import Precision
@@ -110,10 +111,11 @@ def plan(config: TrainConfig, measured: Profile | None = None) -> Plan:
 
 
 def _precision(config: TrainConfig) -> str:
-    """The table of formats; "" where nothing has one."""
+    """The table of formats and what is counted of codes; "" where nothing has a format."""
     if Recipe(config.precision, config.model).is_plain:
         return ""
-    return render(config.precision, config.model, DTYPE_BYTES[config.precision.dtype])
+    table = render(config.precision, config.model, DTYPE_BYTES[config.precision.dtype])
+    return "\n".join(filter(None, (table, note(config))))
 
 
 def _decoding(config: ModelConfig, element_bytes: int) -> Iterator[Decoding]:

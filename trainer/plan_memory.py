@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
-from model.config import AttentionMode, ModelConfig
+from model.config import AttentionMode
 from model.inventory import TensorSpec, released_tensors
 from model.logical import locate, parameter_shapes
 from optim.groups import Member
@@ -17,6 +17,7 @@ from optim.iterations import BATCH_ELEMENTS
 from optim.zero import shape_of
 from trainer.config import TrainConfig
 from trainer.parallel.stages import Part
+from trainer.plan_codes import ON_GPU, beside_weights
 from trainer.precision.config import Precision
 from trainer.precision.recipe import Recipe
 
@@ -33,12 +34,13 @@ Elements = Counter[tuple[str, bool]]
 class Memory:
     """Bytes of one rank.
 
-    Held throughout: weights, parameters in the run's type (islands at least fp32), router biases and hash tables;
-    masters, fp32 copies of own parameters of lower precision; momentum, Muon's, of own matrices; moments, AdamW's two,
-    of what else is owned; sums, accumulators of all gradients that are made here. Of a row: activations, what its
-    forward pass keeps, in a pipeline that of all rows in flight; gradients, those that wait for the end of its backward
-    pass; row, the most of all that at a time, working memory included. Then: buffers, gradients on their way (fast
-    path) and what streams arrive in; update, the reduced gradients and the optimizer's temporary copies.
+    Held throughout: weights, parameters in the run's type (islands at least fp32), router biases and hash tables, and
+    the codes of weights where a back end on a GPU is named; masters, fp32 copies of own parameters of lower precision;
+    momentum, Muon's, of own matrices; moments, AdamW's two, of what else is owned; sums, accumulators of all gradients
+    that are made here. Of a row: activations, what its forward pass keeps, in a pipeline that of all rows in flight;
+    gradients, those that wait for the end of its backward pass; row, the most of all that at a time, working memory
+    included. Then: buffers, gradients on their way (fast path) and what streams arrive in; update, the reduced
+    gradients and the optimizer's temporary copies.
     """
 
     weights: int
@@ -73,6 +75,7 @@ class Tensors:
 
     shapes, groups: of whole parameters. islands: their names. dense: elements outside the experts. expert: shape of an
     expert's matrix (another has it transposed). matrices: of one expert in all layers. buffers: bytes without gradient.
+    codes: bytes beside a rank's weights, where a back end on a GPU is named.
     """
 
     shapes: dict[str, tuple[int, ...]]
@@ -82,6 +85,7 @@ class Tensors:
     expert: tuple[int, int]
     matrices: int
     buffers: int
+    codes: int
 
     @property
     def expert_elements(self) -> int:
@@ -89,22 +93,25 @@ class Tensors:
         return self.matrices * math.prod(self.expert)
 
 
-def tensors(config: ModelConfig, element_bytes: int, part: Part) -> Tensors:
-    """Those that a pipe rank holds. element_bytes: of the model's type."""
-    here = [spec for spec in released_tensors(config, experts=1) if part.holds(spec.name)]
+def tensors(config: TrainConfig, part: Part) -> Tensors:
+    """Those that a pipe rank holds."""
+    model, element_bytes = config.model, DTYPE_BYTES[config.precision.dtype]
+    here = [spec for spec in released_tensors(model, experts=1) if part.holds(spec.name)]
+    shapes = {name: shape for name, shape in parameter_shapes(model).items() if part.holds(name)}
     specs = [spec for spec in here if spec.kind != "buffer"]
     dense, experts = Elements(), [spec for spec in specs if spec.group == "experts"]
     for spec in specs:
         if spec.group != "experts":
             dense[spec.kind, spec.is_island] += spec.size
     return Tensors(
-        shapes={name: shape for name, shape in parameter_shapes(config).items() if part.holds(name)},
+        shapes=shapes,
         groups={locate(spec.name).parameter: spec.group for spec in specs},
         islands=frozenset(spec.name for spec in specs if spec.is_island),
         dense=dense,
-        expert=(config.moe_intermediate_size, config.hidden_size),
+        expert=(model.moe_intermediate_size, model.hidden_size),
         matrices=len(experts),
         buffers=sum(_buffer_bytes(spec, element_bytes) for spec in here),
+        codes=beside_weights(config, shapes) if config.precision.backend in ON_GPU else 0,
     )
 
 
@@ -146,7 +153,7 @@ def memory(config: TrainConfig, model: Tensors, owned: Sequence[Member], experts
         else _rounded(config, model, owned, in_experts)
     )
     return Memory(
-        weights=_bytes(here, width) + model.buffers,
+        weights=_bytes(here, width) + model.buffers + model.codes,
         masters=lower * state,
         momentum=matrices * state,
         moments=2 * (own.total() - matrices) * state,

@@ -108,7 +108,7 @@ def _shares(config: TrainConfig, part: Part, every: Sequence[Member]) -> Shares:
     """What a pipe rank holds and who owns it: as `trainer.parallel.owners` has it."""
     mesh = config.parallel.mesh
     held, replicas = config.model.n_routed_experts // mesh.expert, mesh.data // mesh.expert
-    model = plan_memory.tensors(config.model, plan_memory.DTYPE_BYTES[config.precision.dtype], part)
+    model = plan_memory.tensors(config, part)
     here = [member for member in every if member.parameter in model.shapes]
     dense = [member for member in here if member.group != "experts"]
     stacked = [member for member in here if member.group == "experts" and member.start < held]

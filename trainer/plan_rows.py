@@ -9,11 +9,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from model.config import AttentionMode, ModelConfig
+from model.count_kept import Inputs
 from model.count_memory import kept_bytes, phases
 from trainer.config import Recomputed, TrainConfig
 from trainer.parallel.orders import training_order
 from trainer.parallel.simulate import kept
 from trainer.parallel.stages import Part
+from trainer.plan_codes import inputs
 from trainer.plan_memory import DTYPE_BYTES, FP32_BYTES, RowMemory, Tensors, is_trained
 from trainer.schedule import StepPlan
 
@@ -29,9 +31,18 @@ def activations(config: TrainConfig, step: StepPlan) -> dict[str, int]:
     return kept_bytes(*_pass(config, step))
 
 
-def _pass(config: TrainConfig, step: StepPlan) -> tuple[ModelConfig, int, AttentionMode, tuple[Recomputed, ...], int]:
+def _pass(
+    config: TrainConfig, step: StepPlan
+) -> tuple[ModelConfig, int, AttentionMode, tuple[Recomputed, ...], int, Inputs]:
     width = DTYPE_BYTES[config.precision.dtype]
-    return config.model, step.row_length, step.attention, config.recompute, width
+    return (
+        config.model,
+        step.row_length,
+        step.attention,
+        config.recompute,
+        width,
+        inputs(config, step.tokens, width),
+    )
 
 
 def stream_bytes(config: TrainConfig, row_length: int) -> int:

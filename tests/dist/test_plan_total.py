@@ -21,6 +21,7 @@ from tests.dist import ranks
 from tests.dist.ranks import Case
 from tests.trainer import steps
 from tests.trainer.peak import Peak
+from tests.trainer.precision.recipes import recipe
 from trainer import plan_memory, plan_rows
 from trainer.parallel.mesh import Mesh
 from trainer.parallel.world import ALONE, start
@@ -60,6 +61,7 @@ PIPE_4, FOLDED = Mesh(pipe=2, data=2, expert=2, owners=2), {"schedule": "dualpip
 FAST_ROUNDED = {"reduction": "fast", "stream": "bf16"}
 FAST = {"parallel": {"reduction": "fast"}}
 FAST_BF16 = {"parallel": {"reduction": "fast", "dense_reduction": "bf16"}}
+FP8, FP8_FAST = {"precision": recipe("fp8")}, FAST_BF16 | {"precision": recipe("fp8")}
 BLOCK, PARTS = {"recompute": ("block",)}, {"recompute": ("attention", "experts")}
 
 
@@ -123,6 +125,8 @@ def check(found: Told, case: Case, mesh: Mesh, length: int) -> None:
         pytest.param(DATA_2, "fp32", {}, 1024, id="two", marks=pytest.mark.slow),
         pytest.param(DATA_2, "bf16", FAST_BF16, 1024, id="two, fast", marks=pytest.mark.slow),
         pytest.param(EXPERT_2, "bf16", BLOCK, 1024, id="two share out experts, blocks again", marks=pytest.mark.slow),
+        pytest.param(EXPERT_2, "bf16", FP8, 1024, id="two share out experts, codes", marks=pytest.mark.slow),
+        pytest.param(EXPERT_2, "bf16", FP8_FAST, 1024, id="two share out experts, codes, fast", marks=pytest.mark.slow),
         pytest.param(BOTH_4, "fp32", {}, 512, id="four", marks=pytest.mark.slow),
         pytest.param(BOTH_4, "fp32", FAST, 128, id="four, fast, short rows", marks=pytest.mark.slow),
         pytest.param(TWICE_4, "bf16", FAST_BF16, 1024, id="four, fast, owners twice", marks=pytest.mark.slow),
@@ -172,7 +176,7 @@ MISTAKES: dict[str, tuple[Any, str, Any]] = {
     "sums of 4 bytes": (plan_memory, "INT64_BYTES", 4),
     "experts not shared out": (plan_memory, "_held", lambda config, model: 24 * model.expert_elements),
     "no gradients": (plan_rows, "_leaves", lambda config, model, step, part: [("", 0)]),
-    "an attention that keeps nothing": (count_memory, "attention", lambda row, ratio: Counter()),
+    "an attention that keeps nothing": (count_memory, "attention", lambda *given: Counter()),
     "all rows in the experts at once": (
         plan_rows,
         "phases",

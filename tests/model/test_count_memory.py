@@ -4,7 +4,7 @@ Oracle: every storage that the training of a row makes is followed (tests/model/
 forward pass those alive are what is kept. All sizes differ, so that no letter can stand for another.
 """
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Sequence
 from typing import get_args
 
 import pytest
@@ -93,10 +93,23 @@ def make_row(length: int) -> Batch:
     )
 
 
+def nothing(model: Transformer) -> Sequence[Tensor]:
+    """Leaves a model as it is."""
+    return ()
+
+
 def measure(
-    config: ModelConfig, length: int, mode: AttentionMode, recompute: Collection[Recomputed], dtype: torch.dtype
+    config: ModelConfig,
+    length: int,
+    mode: AttentionMode,
+    recompute: Collection[Recomputed],
+    dtype: torch.dtype,
+    change: Callable[[Transformer], Sequence[Tensor]] = nothing,
 ) -> int:
-    """Bytes alive at the end of a row's forward pass, as a step runs it, parameters and the row apart."""
+    """Bytes alive at the end of a row's forward pass, as a step runs it, parameters and the row apart.
+
+    change: the model before, and returns what else is apart.
+    """
     model = Transformer(config, dtype)
     initialize(model, InitConfig(), 1)
     model.share_weights()
@@ -105,8 +118,8 @@ def measure(
     train_only(model, groups, frozen_groups(mode, groups))
     one = make_row(length)
     weights = row.weigh(row.count_rows(one), mtp=0.3, balance=1e-4, indexer=1.0)
-    given: list[Tensor] = [*model.parameters(), *model.buffers(), one.token_BT, one.target_BT, one.document_BT]
-    given.append(one.position_BT)
+    given: list[Tensor] = [*change(model), *model.parameters(), *model.buffers(), one.token_BT, one.target_BT]
+    given += [one.document_BT, one.position_BT]
     with Storages(apart=given) as storages:
         meter = _Meter(storages)
         with pytest.raises(_Done):

@@ -157,6 +157,7 @@ TOLERANCE = 0.05
         pytest.param(
             [*SHORT, "recompute=[block]", "precision.dtype=bf16"], id="layers computed again", marks=pytest.mark.slow
         ),
+        pytest.param([*SHORT, "precision=fp8"], id="codes"),
         pytest.param(WIDE, id="gradients"),
         pytest.param([*SHORT, "model.vocab_size=8192"], id="logits"),
         pytest.param([*SHORT, "parallel.reduction=fast"], id="fast", marks=pytest.mark.slow),
@@ -165,7 +166,7 @@ TOLERANCE = 0.05
 def test_a_row_takes_what_is_planned(words: list[str]) -> None:
     config, length = configured(words, "fp32"), 128
     step = replace(plan(config).stages[-1].last, row_length=length, attention="sparse")
-    tensors = plan_memory.tensors(config.model, plan_memory.DTYPE_BYTES[config.precision.dtype], whole(config))
+    tensors = plan_memory.tensors(config, whole(config))
     planned = plan_rows.row_memory(config, tensors, step, whole(config))
     assert planned.most == pytest.approx(measured_row(config, length), rel=TOLERANCE)
     assert max(planned.activations, planned.gradients) <= planned.most
