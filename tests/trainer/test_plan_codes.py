@@ -30,7 +30,7 @@ from trainer import plan_codes
 from trainer.config import Recomputed, TrainConfig
 from trainer.plan import plan
 from trainer.precision import te
-from trainer.precision.config import BackEnd, PrecisionConfig, RuleConfig
+from trainer.precision.config import BackEnd, PrecisionConfig, RoundingConfig, RuleConfig
 from trainer.precision.operands import Groups, Kept
 from trainer.precision.serving import serve
 
@@ -183,6 +183,11 @@ def test_other_rules(rule: str) -> None:
     ):
         rules = {"odd": RuleConfig(parameters=parameters, **ODD[rule])}
         check(configured(MODEL, PrecisionConfig(rules=rules)), LENGTH)
+
+
+def test_what_attention_looks_at_takes_no_more_when_it_is_rounded() -> None:
+    rounded = {"index": RoundingConfig(format="e2m1_1x32"), "entries": RoundingConfig(format="e4m3_1x64")}
+    check(configured(ALIGNED_MTP, replace(recipe("fp8"), **rounded)), LENGTH)
 
 
 def test_formats_from_some_tokens_on() -> None:
