@@ -1,6 +1,7 @@
 """Does a model trained in FP8 or FP4 learn as one in bf16 does? Whole runs on real text, in pairs with one seed.
 
-    python -m benchmarks.precision FOLDER [--seeds N] [--steps N] [--recipe NAME ...] [--draw FILE.svg] [KEY=VALUE ...]
+    python -m benchmarks.precision FOLDER [--seeds N] [--steps N] [--rows N] [--recipe NAME ...] [--draw FILE.svg]
+        [KEY=VALUE ...]
 
 The debug model (or the overrides'), its own data. All recipes of a seed have the same initial weights and the same
 rows; a run of one thread each, two at a time. FOLDER keeps the runs: the same command goes on where it was stopped.
@@ -25,7 +26,7 @@ from benchmarks import report
 from benchmarks.plot import Curve, svg
 from trainer.folder import RunFolder
 
-ROW, ROWS = 512, 2
+ROW = 512
 BASE = "bf16"
 AT_A_TIME = 2
 WINDOW = 20
@@ -46,6 +47,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=500)
+    parser.add_argument("--rows", type=int, default=2, help="of a step")
     parser.add_argument("--recipe", nargs="*", default=["bf16", "fp8", "fp8_fp4", "turning"])
     parser.add_argument("--draw", type=Path)
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
@@ -54,27 +56,31 @@ def main() -> None:
 
     def run(pair: tuple[int, str]) -> Learned:
         seed, recipe = pair
-        return learn(given.folder / f"{recipe}-{seed}", words(recipe, seed, given.steps) + given.overrides)
+        return learn(given.folder / f"{recipe}-{seed}", words(recipe, seed, given.steps, given.rows) + given.overrides)
 
     with ThreadPoolExecutor(AT_A_TIME) as pool:
         found = dict(zip(pairs, pool.map(run, pairs), strict=True))
-    print(report.heading("benchmarks.precision", f"{given.steps} steps of {ROWS} rows of {ROW}, {given.seeds} seeds"))
+    print(
+        report.heading(
+            "benchmarks.precision", f"{given.steps} steps of {given.rows} rows of {ROW}, {given.seeds} seeds"
+        )
+    )
     print(report.table(table(found)))
     if given.draw is not None:
         given.draw.write_text(svg("loss over bf16's of the same seed, %", curves(found)), encoding="utf-8")
 
 
-def words(recipe: str, seed: int, steps: int) -> list[str]:
+def words(recipe: str, seed: int, steps: int, rows: int) -> list[str]:
     """The command line of a run; `turning` is FP8 that turns to FP4 experts in the middle."""
-    tokens = steps * ROWS * ROW
+    tokens = steps * rows * ROW
     turn = [f"precision.rules.experts.from_tokens={tokens // 2}"] if recipe == "turning" else []
     dense, sparse = tokens * 2 // 5, tokens * 9 // 20
     modes = f"[{{from_tokens: 0, value: dense}}, {{from_tokens: {dense}, value: indexer_warmup}}, "
     modes += f"{{from_tokens: {sparse}, value: sparse}}]"
     return [
         "recipe=debug", f"precision={'fp8_fp4' if recipe == 'turning' else recipe}", *turn, f"seed={seed}", "threads=1",
-        "tracking=off", f"schedule.total_tokens={tokens}", f"schedule.batch.tokens={ROWS * ROW}",
-        f"schedule.batch.start_tokens={ROWS * ROW}", f"schedule.attention={modes}",
+        "tracking=off", f"schedule.total_tokens={tokens}", f"schedule.batch.tokens={rows * ROW}",
+        f"schedule.batch.start_tokens={rows * ROW}", f"schedule.attention={modes}",
         f"schedule.mtp_weight=[{{from_tokens: 0, value: 0.3}}, {{from_tokens: {sparse}, value: 0.1}}]",
         f"schedule.rate.warmup_tokens={tokens // 20}", f"schedule.rate.decay_start_tokens={tokens * 3 // 5}",
         "schedule.rate.peak=5e-3", "schedule.rate.final=5e-4", "validation.rows=64",

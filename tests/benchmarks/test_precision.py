@@ -55,12 +55,12 @@ def test_a_picture_is_xml_with_all_its_curves() -> None:
 @pytest.mark.parametrize("recipe", ["bf16", "fp8", "fp8_fp4", "turning"])
 def test_recipes_differ_in_precision_alone(recipe: str) -> None:
     """All runs of a seed have one schedule of so many steps; `turning` turns in the middle."""
-    config = compose(precision.words(recipe, 3, 500)).config
+    config = compose(precision.words(recipe, 3, 500, 2)).config
     assert config.seed == 3
-    assert config.schedule == compose(precision.words("bf16", 1, 500)).config.schedule
-    assert config.schedule.total_tokens == 500 * precision.ROWS * precision.ROW
+    assert config.schedule == compose(precision.words("bf16", 1, 500, 2)).config.schedule
+    assert config.schedule.total_tokens == 500 * 2 * precision.ROW
     stages = Recipe(config.precision, config.model).stages
-    assert stages == ((0, 250 * precision.ROWS * precision.ROW) if recipe == "turning" else (0,))
+    assert stages == ((0, 250 * 2 * precision.ROW) if recipe == "turning" else (0,))
 
 
 @pytest.mark.slow
