@@ -38,12 +38,13 @@ def choose(config: PrecisionConfig, table: Mapping[str, Formats], device: torch.
     One serves all products with formats, so that a log, and a difference between two, has one cause. Raises ValueError
     where the asked one cannot compute a format, or in the run's type, exactly.
     """
-    refused = {name: _refusal(name, table, device, config.dtype) for name in MODULES}
-    able = [name for name, reason in refused.items() if not reason]
+    refusal = partial(_refusal, table=table, device=device, dtype=config.dtype)
     if config.backend == "auto":
-        return able[0]
-    expected = f"{' or '.join(['auto', *able])}, because {refused[config.backend]}"
-    require(config.backend in able, "precision.backend", config.backend, expected)
+        return next(name for name in MODULES if not refusal(name))
+    reason = refusal(config.backend)
+    # Others are asked only then, for to ask is to import their libraries.
+    able = ["auto", *(name for name in MODULES if not refusal(name))] if reason else []
+    require(not reason, "precision.backend", config.backend, f"{' or '.join(able)}, because {reason}")
     return config.backend
 
 

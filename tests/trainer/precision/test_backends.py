@@ -39,6 +39,16 @@ def test_the_asked_one_serves_where_it_can(monkeypatch: pytest.MonkeyPatch, name
     assert backends.choose(PrecisionConfig(backend=name), TABLE, CUDA) == name
 
 
+@pytest.mark.parametrize("backend", ["auto", "torch"])
+def test_transformer_engine_is_not_asked_where_another_serves(
+    monkeypatch: pytest.MonkeyPatch, backend: BackEnd
+) -> None:
+    """To ask it is to import it."""
+    refuse(monkeypatch)
+    monkeypatch.delattr(te, "refusal")
+    assert backends.choose(PrecisionConfig(backend=backend), TABLE, CUDA) == "torch"
+
+
 def test_the_asked_one_is_refused_where_it_cannot() -> None:
     message = (
         r"^precision\.backend = torch: expected auto or emulated, because a cpu has no block-scaled FP8 products; "
