@@ -13,8 +13,8 @@ from trainer.precision import backends
 from trainer.precision.elements import E4M3_1X128, E4M3_128X1, E4M3_128X128
 from trainer.precision.formats import rounded
 from trainer.precision.health import Watch
+from trainer.precision.layouts import casts
 from trainer.precision.operands import Groups, WeightCodes, rows_of
-from trainer.precision.products import casts
 from trainer.precision.recipe import Formats
 
 FP8 = Formats(weight=(E4M3_128X128,), input=E4M3_1X128, grad=E4M3_1X128, wgrad_input=E4M3_128X1, wgrad_grad=E4M3_128X1)
