@@ -37,7 +37,7 @@ DOORS = {
     "datasets": ("data/source.py",),
     "tokenizers": ("data/tokenizer.py",),
     "wandb": ("trainer/tracking.py",),
-    "triton": ("model/kernels/*.py", "trainer/precision/kernels.py", "optim/kernels.py"),
+    "triton": ("model/kernels/*.py", "trainer/precision/kernels.py"),
     "transformers": (),
 }
 HOSTS = tuple(".".join(parts) for parts in (("pypi", "org"), ("pythonhosted", "org"), ("download", "pytorch", "org")))
