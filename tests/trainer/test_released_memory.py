@@ -16,7 +16,7 @@ from trainer.released.layout import SLAB_SIZE
 
 ROOT = Path(__file__).resolve().parents[2]
 SLAB_BYTES = 4 * SLAB_SIZE
-SLABS = 24
+SLABS = 28
 """Copies of a slab, or fewer bytes, that a conversion and torch's memory of freed ones take."""
 MEASURE = """
 import json, sys
@@ -40,11 +40,12 @@ print(json.dumps(found))
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_memory_is_that_of_a_part_of_a_tensor(tmp_path: Path) -> None:
-    """Tensors of 130 MB in fp32 and experts of 25 MB, in one file of 210 MB, which is 490 MB in fp32."""
+@pytest.mark.parametrize(("experts", "vocab_size"), [(2, 16000), (12, 61)])
+def test_memory_is_that_of_a_part_of_a_tensor(experts: int, vocab_size: int, tmp_path: Path) -> None:
+    """Tensors of 130 MB in fp32 and experts of 25 MB, in one file of 210 MB, which is 490 MB in fp32; many experts."""
     keys = made.config(
-        hidden_size=2048, moe_intermediate_size=3072, n_routed_experts=2, vocab_size=16000, num_hidden_layers=1,
-        compress_ratios=[0], num_nextn_predict_layers=0,
+        hidden_size=2048, moe_intermediate_size=3072, n_routed_experts=experts, vocab_size=vocab_size,
+        num_hidden_layers=1, compress_ratios=[0], num_nextn_predict_layers=0,
     )  # fmt: skip
     small = made.write(tmp_path / "small", made.config(), made.tensors(made.config()))
     large = made.write(tmp_path / "large", keys, made.tensors(keys), files=1)

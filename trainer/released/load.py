@@ -7,7 +7,8 @@ import torch
 from model import names
 from model.logical import locate
 from model.transformer import Transformer
-from trainer.released.layout import slabs
+from trainer.released.layout import SLAB_SIZE, slabs
+from trainer.released.memory import give_back
 from trainer.released.source import ReleasedFolder
 
 
@@ -25,4 +26,6 @@ def load(folder: str | Path, dtype: torch.dtype = torch.float32) -> Transformer:
             target = where.view(mine[where.parameter])
             for slab in slabs(spec):
                 target[slab.start : slab.stop].copy_(source.numbers(spec, slab))
+            if spec.size >= SLAB_SIZE:
+                give_back()
     return model

@@ -15,10 +15,14 @@ from torch import Tensor
 
 from trainer import durable
 from trainer.manifest import BLOCK_BYTES
+from trainer.released.memory import give_back
 
 _LENGTH_BYTES = 8
 _ALIGNMENT = 8
 """A header is filled up with spaces, so that numbers of eight bytes begin where processors like them."""
+
+GIVE_BACK_SIZE = 1 << 22
+"""After how many written numbers freed memory goes back to the system (ours): two slabs."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -77,6 +81,7 @@ class Stream:
         self._header = len(content).to_bytes(_LENGTH_BYTES, "little") + content
         self.size_bytes = len(self._header) + at
         self._parts = {name: _Part(len(self._header), *one["data_offsets"]) for name, one in table.items()}
+        self._since = 0
         self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
         self._write(0, memoryview(self._header))
 
@@ -84,6 +89,10 @@ class Stream:
         """The next bytes of an entry; raises OSError."""
         part, content = self._parts[name], memoryview(_bytes(tensor).data)
         self._write(part.take(content), content)
+        self._since += tensor.numel()
+        if self._since >= GIVE_BACK_SIZE:
+            give_back()
+            self._since = 0
 
     def close(self) -> WrittenFile:
         """Syncs, once all entries are whole."""
