@@ -43,7 +43,7 @@ class Format:
 
 def named(name: str, floor: float | None = None) -> Format:
     """The format of a name like e4m3_128x128. floor: default DeepSeek's. Raises ValueError for any other name."""
-    match = re.fullmatch(r"(e4m3|e2m1)_(\d+)x(\d+)", name)
+    match = re.fullmatch(r"(e4m3|e2m1)_([1-9]\d*)x([1-9]\d*)", name)
     if match is None:
         raise ValueError(f"{name}: expected a format such as e4m3_1x128, e4m3_128x128 or e2m1_1x32")
     element: Element = "e4m3" if match[1] == "e4m3" else "e2m1"
