@@ -227,3 +227,13 @@ def export_values(
     checkpoint.save(tmp_path / "saved", 0, whole(tensors), source)
     from_values = verbs.Source(checkpoint=tmp_path / "saved" / "step-000000")
     return verbs.export_source(from_values, tmp_path / "out", silent, like=str(like), variant=variant)[0]
+
+
+def test_an_import_in_another_format_says_the_rate_of_its_hca_layers_to_other_tools(tmp_path: Path) -> None:
+    """transformers knows none but 128 by `compress_ratios` alone; in its own format an import keeps its text."""
+    keys = made.config()
+    import_and_export(made.write(tmp_path / "released", keys, made.tensors(keys)), variant="bf16")
+    found = json.loads((tmp_path / "released-export" / "config.json").read_text())
+    assert found["compress_rates"] == {"compressed_sparse_attention": 4, "heavily_compressed_attention": 8}
+    assert len(found["layer_types"]) == keys["num_hidden_layers"]
+    assert found["compress_ratios"] == keys["compress_ratios"]

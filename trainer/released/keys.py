@@ -26,7 +26,7 @@ def config_text(config: ModelConfig, variant: Variant, like: tuple[str, Variant]
     """
     if like is not None and like[1] == variant:
         return like[0]
-    keys = json.loads(like[0]) if like is not None else _of_model(config)
+    keys = json.loads(like[0]) | _in_other_words(config) if like is not None else _of_model(config)
     for key in ("expert_dtype", "quantization_config", "torch_dtype", "dtype"):
         keys.pop(key, None)
     keys["dtype"] = "float32" if variant == "fp32" else "bfloat16"
