@@ -91,6 +91,7 @@ def test_the_codes_are_the_weights_that_the_run_computes_with(
     assert {row["scales"] for row in rows if "scales" in row} == {"fresh"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ratio", [128, 8])
 def test_transformers_computes_our_logits_from_an_export(ratio: int, corpus: Path, tmp_path: Path) -> None:
     """Window, CSA and HCA layers, of V4's rate and another; hash and learned routing. transformers has no MTP.

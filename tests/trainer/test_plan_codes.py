@@ -118,12 +118,14 @@ def check(
     assert 0 <= kept - counted <= spare, (kept, counted)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recompute", RECOMPUTED, ids="+".join)
 def test_codes_of_inputs_are_counted(recompute: tuple[Recomputed, ...]) -> None:
     """Every expert has a row here, none more than a block: their shares take the most that they can."""
     check(configured(MODEL, recipe("fp8")), LENGTH, "sparse", recompute)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["dense", "indexer_warmup"])
 @pytest.mark.parametrize("recompute", [(), ("attention",), ("block",)], ids="+".join)
 def test_in_the_other_modes(recompute: tuple[Recomputed, ...], mode: AttentionMode) -> None:
@@ -226,6 +228,7 @@ def test_codes_beside_weights_are_counted(model: ModelConfig, name: str, codes: 
     assert plan_codes.beside_weights(config, parameter_shapes(model)) == sum(storages.values())
 
 
+@pytest.mark.slow
 def test_they_are_planned_where_the_back_end_is_named() -> None:
     """Of the experts those that a rank holds."""
     alone, shared = ["precision=fp8"], ["precision=fp8", "parallel.data=2", "parallel.expert=2"]

@@ -125,6 +125,7 @@ def turning() -> PrecisionConfig:
     return replace(recipe("fp8"), index=index, entries=entries)
 
 
+@pytest.mark.slow
 def test_a_run_turns_and_resumes(corpus: Path, tmp_path: Path) -> None:
     """The bits of a run without a stop, which are not those of one that never turns; its health is told of."""
     whole, halves, never = (
