@@ -121,8 +121,8 @@ def table(found: Mapping[tuple[int, str], Learned]) -> list[tuple[str, ...]]:
     for recipe in recipes:
         losses = [found[seed, recipe].held_out for seed in seeds]
         mean = statistics.mean(losses)
-        noise = 100 * statistics.stdev(losses) / mean if len(losses) > 1 else math.nan
-        rows.append((recipe, "", f"{mean:.4f}", f"{statistics.mean(gaps[recipe]):+.3f} %", f"{noise:.3f} %"))
+        noise = f"{100 * statistics.stdev(losses) / mean:.3f} %" if len(losses) > 1 else "-"
+        rows.append((recipe, "", f"{mean:.4f}", f"{statistics.mean(gaps[recipe]):+.3f} %", noise))
     return rows
 
 
