@@ -5,20 +5,38 @@ import fcntl
 import json
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
-from torch import Tensor
 
 from launch.main import main
 from tests.trainer import released_folder as made
 from tests.trainer.test_released_refused import folder, refused
-from trainer.released.layout import Slab
 from trainer.released.source import ReleasedFolder
 
 __all__ = ["folder"]
 FILE = "rank-00000.safetensors"
+
+
+def after(calls: int, function: Callable[..., Any], happens: Callable[[], object]) -> Callable[..., Any]:
+    """The function, before whose every call beyond so many something happens."""
+    left = calls
+
+    def call(*arguments: Any) -> Any:
+        nonlocal left
+        left -= 1
+        if left < 0:
+            happens()
+        return function(*arguments)
+
+    return call
+
+
+def interrupted() -> None:
+    raise KeyboardInterrupt
 
 
 def test_a_full_disk_keeps_whole_files_and_the_same_command_goes_on(
@@ -123,16 +141,7 @@ def test_a_file_that_was_broken_off_takes_no_room_from_the_same_command(
 
     monkeypatch.setattr(shutil, "disk_usage", usage)
     with monkeypatch.context() as patch:
-        left, pwrite = 20, os.pwrite
-
-        def killed(file: int, content: memoryview, start: int) -> int:
-            nonlocal left
-            left -= 1
-            if left < 0:
-                raise KeyboardInterrupt
-            return pwrite(file, content, start)
-
-        patch.setattr(os, "pwrite", killed)
+        patch.setattr(os, "pwrite", after(20, os.pwrite, interrupted))
         assert main(["import", "released", "out"]) == 130
     assert (Path(".writing-out") / FILE).stat().st_size > 0
     capsys.readouterr()
@@ -146,15 +155,7 @@ def test_a_source_that_cannot_be_read_for_a_while_costs_nothing_that_is_whole(
     monkeypatch.chdir(folder.parent)
     monkeypatch.setattr("trainer.released.imported.FILE_BYTES", 500_000)
     with monkeypatch.context() as patch:
-        left, read_rows = 100, ReleasedFolder.stored_rows
-
-        def gone(self: ReleasedFolder, name: str, slab: Slab) -> Tensor:
-            nonlocal left
-            left -= 1
-            if left < 0:
-                Path("released").rename("away")
-            return read_rows(self, name, slab)
-
+        gone = after(100, ReleasedFolder.stored_rows, lambda: Path("released").rename("away"))
         patch.setattr(ReleasedFolder, "stored_rows", gone)
         line = refused(["import", "released", "out"], capsys)
     assert line.startswith("file = released/model-0000")
